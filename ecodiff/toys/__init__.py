@@ -1,0 +1,1 @@
+"""ShapeWorld and the toy pipelines trained on it: the embedded default."""
