@@ -1,0 +1,312 @@
+"""The typed configuration: everything a run depends on, checked before anything starts.
+
+`config/config.yaml` explains each key by example; `workflow/schemas/config.schema.json`
+is made from this module with `python -m ecodiff.config`. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from ecodiff.errors import UserError
+from ecodiff.settings import (
+    CalibrateSettings,
+    CallSettings,
+    Dtype,
+    EfficiencySettings,
+    EvaluateSettings,
+    GenerateSettings,
+    LearningRates,
+    MaskCostSettings,
+    MaskSettings,
+    Method,
+    Name,
+    PromptSet,
+    PruneSettings,
+    ReportSettings,
+    ResourceSettings,
+    RetrainKind,
+    RetrainSection,
+    RetrainSettings,
+    Settings,
+)
+
+__all__ = [
+    "CalibrateSettings",
+    "CallSettings",
+    "Config",
+    "EfficiencySettings",
+    "EvaluateSettings",
+    "GenerateSettings",
+    "LearningRates",
+    "MaskCostSettings",
+    "MaskSettings",
+    "ModelSettings",
+    "PromptSet",
+    "PruneSettings",
+    "ReportSettings",
+    "ResourceSettings",
+    "RetrainSection",
+    "RetrainSettings",
+    "Variant",
+    "VariantSettings",
+    "load_config",
+    "read_settings",
+]
+
+
+class ModelSettings(Settings):
+    """One dense model."""
+
+    source: str
+    """Hub id or folder of a diffusers pipeline."""
+    revision: str | None = None
+    """Commit, tag or branch on the hub."""
+    variant: str | None = None
+    """File variant, such as fp16."""
+    dtype: Dtype = "float32"
+    call: CallSettings
+    resources: ResourceSettings = ResourceSettings()
+    mask: MaskSettings = MaskSettings()
+    """What differs from the section `mask`."""
+    retrain: RetrainSection = RetrainSection()
+    """What differs from the section `retrain`."""
+
+
+class VariantSettings(Settings):
+    """A family of variants: one a sparsity."""
+
+    method: Method
+    sparsities: tuple[Annotated[float, Field(gt=0, lt=1)], ...]
+    """Shares of the denoiser's parameters to remove, in whole per cent."""
+    compensation: bool = False
+    """Re-solve the surviving weights by least squares."""
+    retrain: RetrainKind | None = None
+    models: tuple[Name, ...] | None = None
+    """The models it applies to; null: all."""
+
+    @model_validator(mode="after")
+    def _whole_percents(self) -> VariantSettings:
+        for sparsity in self.sparsities:
+            if abs(100 * sparsity - round(100 * sparsity)) > 1e-6:
+                raise ValueError(f"sparsity {sparsity} is not a whole per cent, such as 0.25")
+        return self
+
+    def variants(self) -> list[Variant]:
+        """The variants of the family."""
+        return [
+            Variant(self.method, round(100 * sparsity), self.compensation, self.retrain)
+            for sparsity in self.sparsities
+        ]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One version of a model; its name is a folder and a table row.
+
+    `dense` or `{method}-{percent}[-comp][-lora|-full]`, such as `ecodiff-30-comp-lora`.
+    """
+
+    method: Method | Literal["dense"] = "dense"
+    percent: int = 0
+    compensation: bool = False
+    retrain: RetrainKind | None = None
+
+    @property
+    def name(self) -> str:
+        """The inverse of `parse`."""
+        if self.is_dense:
+            return "dense"
+        parts = [self.mask, "comp" if self.compensation else None, self.retrain]
+        return "-".join(part for part in parts if part)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether it is the untouched model."""
+        return self.method == "dense"
+
+    @property
+    def mask(self) -> str:
+        """The name of its mask, `{method}-{percent}`."""
+        return f"{self.method}-{self.percent}"
+
+    @property
+    def sparsity(self) -> float:
+        """The target share of the denoiser's parameters removed."""
+        return self.percent / 100
+
+    @property
+    def pruned(self) -> Variant:
+        """The variant that its retraining starts from; itself when not retrained."""
+        return Variant(self.method, self.percent, self.compensation)
+
+    @classmethod
+    def parse(cls, name: str) -> Variant:
+        """The variant of a name; UserError when it is none."""
+        match = VARIANT_NAME.fullmatch(name)
+        if match is None:
+            raise UserError(
+                f"variant {name!r}: expected dense or "
+                "(ecodiff|magnitude|random)-<percent>[-comp][-lora|-full]"
+            )
+        if match["method"] is None:
+            return cls()
+        retrain = match["retrain"]
+        return cls(match["method"], int(match["percent"]), bool(match["comp"]), retrain)  # type: ignore[arg-type]
+
+
+VARIANT_NAME = re.compile(
+    r"dense|(?P<method>ecodiff|magnitude|random)-(?P<percent>[1-9]\d?)"
+    r"(?P<comp>-comp)?(?:-(?P<retrain>lora|full))?"
+)
+
+
+class Config(Settings):
+    """A whole run. The sections are named after the stages."""
+
+    run: Name
+    """Results go to `results/<run>/`."""
+    models: Annotated[dict[Name, ModelSettings], Field(min_length=1)]
+    variants: tuple[VariantSettings, ...]
+    """Beside the dense model."""
+    prompts: dict[Name, PromptSet]
+    calibrate: CalibrateSettings = CalibrateSettings()
+    mask: MaskSettings = MaskSettings()
+    prune: PruneSettings = PruneSettings()
+    retrain: RetrainSection = RetrainSection()
+    generate: GenerateSettings = GenerateSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    report: ReportSettings = ReportSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _models_inherit(cls, data: Any) -> Any:
+        """Puts the sections `mask` and `retrain` under those of each model."""
+        if not isinstance(data, Mapping) or not isinstance(data.get("models"), Mapping):
+            return data
+        shared = {key: data.get(key) or {} for key in ("mask", "retrain")}
+        models = {
+            name: {**model, **{key: merged(shared[key], model.get(key)) for key in shared}}
+            if isinstance(model, Mapping)
+            else model
+            for name, model in data["models"].items()
+        }
+        return {**data, "models": models}
+
+    @model_validator(mode="after")
+    def _names_exist(self) -> Config:
+        for section in ("calibrate", "evaluate"):
+            name = getattr(self, section).prompts
+            if name not in self.prompts:
+                raise ValueError(
+                    f"{section}.prompts: no prompt set {name!r}; there are {list(self.prompts)}"
+                )
+        unknown = {m for v in self.variants for m in v.models or ()} - set(self.models)
+        if unknown:
+            raise ValueError(f"variants: no model {min(unknown)!r}; there are {list(self.models)}")
+        for model in self.models:
+            name, times = Counter(v.name for v in self.variants_of(model)).most_common(1)[0]
+            if times > 1:
+                raise ValueError(f"variants: {name} is named twice for {model}")
+        return self
+
+    def variants_of(self, model: str) -> list[Variant]:
+        """The variants of a model, the dense one first."""
+        families = [v for v in self.variants if v.models is None or model in v.models]
+        return [Variant(), *(variant for family in families for variant in family.variants())]
+
+
+def merged(base: Any, changes: Any) -> Any:
+    """`base` with the keys of `changes` put over it, section by section."""
+    if not isinstance(base, Mapping) or not isinstance(changes, Mapping):
+        return base if changes is None else changes
+    return {**base, **{key: merged(base.get(key), value) for key, value in changes.items()}}
+
+
+def load_config(source: str | Path | Mapping[str, Any]) -> Config:
+    """A config from a YAML file or from its contents; UserError when it is not valid."""
+    return read_settings(Config, source)
+
+
+S = TypeVar("S", bound=BaseModel)
+
+
+def read_settings(kind: type[S], source: str | Path | Mapping[str, Any] | None) -> S:
+    """Settings of a section from a mapping, a YAML file or YAML text; None gives the defaults.
+
+    Raises:
+        UserError: with one line on the first thing that is wrong.
+    """
+    where = ""
+    if isinstance(source, str | Path):
+        path = Path(source)
+        if path.suffix in {".yaml", ".yml", ".json"}:
+            where = f"{path}: "
+            try:
+                source = path.read_text()
+            except OSError as error:
+                raise UserError(f"{path}: {error.strerror}") from None
+        try:
+            source = yaml.safe_load(str(source))
+        except yaml.YAMLError as error:
+            raise UserError(f"{where}not YAML: {' '.join(str(error).split())}") from None
+    try:
+        return kind.model_validate({} if source is None else source)
+    except ValidationError as error:
+        raise UserError(where + explain(error, kind)) from None
+
+
+def explain(error: ValidationError, kind: type[BaseModel]) -> str:
+    """One line: the key that is wrong, how, and what is allowed."""
+    # An error in a shared section shows in every model that inherits it: name the section.
+    first, *others = sorted(error.errors(), key=lambda one: len(one["loc"]))
+    path = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        allowed = _allowed_keys(kind, first["loc"][:-1])
+        close = difflib.get_close_matches(str(first["loc"][-1]), allowed, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"allowed: {', '.join(allowed)}"
+        message = f"unknown key; {hint}"
+    elif first["type"] == "missing":
+        message = "this key is missing"
+    elif first["type"] != "value_error":
+        message = re.sub(r"^Input should", "should", message).replace("valid dictionary", "mapping")
+        message = f"{re.sub(r' or instance of .*', '', message)}, not {first['input']!r}"
+    more = f" (and {len(others)} more)" if others else ""
+    return f"{path + ': ' if path else ''}{message}{more}"
+
+
+def _allowed_keys(kind: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """The keys of the section at a location of pydantic's error."""
+    for part in location:
+        annotation = kind.model_fields[str(part)].annotation if part in kind.model_fields else None
+        inner = _first_model(annotation)
+        kind = inner if inner is not None else kind
+    return list(kind.model_fields)
+
+
+def _first_model(annotation: Any) -> type[BaseModel] | None:
+    """The first settings class within an annotation such as `dict[str, X] | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    found = (_first_model(argument) for argument in get_args(annotation))
+    return next((model for model in found if model is not None), None)
+
+
+def schema() -> str:
+    """The JSON schema of the config, for editors and for the documentation."""
+    return json.dumps(Config.model_json_schema(), indent=2) + "\n"
+
+
+if __name__ == "__main__":
+    Path("workflow/schemas/config.schema.json").write_text(schema())

@@ -1,0 +1,221 @@
+"""The sections of the configuration, one a stage. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+Method = Literal["ecodiff", "magnitude", "random"]
+RetrainKind = Literal["lora", "full"]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class Settings(BaseModel):
+    """Base of all sections: unknown keys are errors, values don't change, docstrings describe."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class PromptSet(Settings):
+    """Where the prompts of one set come from."""
+
+    source: Literal["shapeworld", "file", "coco", "flickr30k", "gcc"]
+    """`file`: txt (a prompt a line), csv or parquet; the others: the layout of that data set."""
+    path: str | None = None
+    """The file, or the captions file of the data set; not for shapeworld."""
+    images: str | None = None
+    """Folder of the real images, for coco and flickr30k."""
+    column: str = "prompt"
+    """The column of a csv or parquet file that holds the prompts."""
+    split: Literal["train", "held-out"] = "train"
+    """shapeworld: captions of the two splits never meet."""
+    count: PositiveInt
+    """How many prompts to take."""
+    seed: NonNegativeInt = 0
+    """Prompt i starts from noise of seed `seed + i`; shapeworld also draws its scenes from it."""
+
+    @model_validator(mode="after")
+    def _has_its_files(self) -> PromptSet:
+        if self.source != "shapeworld" and self.path is None:
+            raise ValueError(f"source {self.source} needs the key path")
+        return self
+
+
+class CallSettings(Settings):
+    """How the pipeline is called, the same for all stages and variants of a model."""
+
+    num_inference_steps: PositiveInt
+    guidance_scale: NonNegativeFloat
+    height: PositiveInt
+    width: PositiveInt
+    max_sequence_length: PositiveInt | None = None
+    """FLUX: tokens of the T5 encoder."""
+
+
+class ResourceSettings(Settings):
+    """What a job that holds the model asks of the scheduler."""
+
+    gpu: NonNegativeInt = 0
+    mem_mb: PositiveInt = 3000
+    """Host memory."""
+    runtime: PositiveInt = 60
+    """Minutes a job may take."""
+
+
+class LearningRates(Settings):
+    """AdamW's learning rate for the logits of each kind of structure."""
+
+    heads: PositiveFloat = 0.1
+    neurons: PositiveFloat = 0.1
+    modulation: PositiveFloat = 0.1
+
+
+class MaskSettings(Settings):
+    """How masks are learned and units selected (EcoDiff)."""
+
+    objective: Literal["penalty", "budget"] = "budget"
+    """`penalty`: a fixed beta, one learning serves all sparsities. `budget`: each sparsity is
+    learned for itself, by Lagrange multipliers."""
+    beta: NonNegativeFloat = 0.1
+    """penalty: weight of the expected share of parameters kept."""
+    first_logit: float = 3.0
+    """Where all logits start."""
+    lr: LearningRates = LearningRates()
+    noise_floor: NonNegativeFloat = 0.1
+    """Added to the uniform noise of the gates; 0 is the hard concrete distribution itself."""
+    iterations: PositiveInt = 100
+    """Updates of the logits."""
+    batch: PositiveInt = 4
+    """Prompts that pass through the denoiser together."""
+    accumulate: PositiveInt = 1
+    """Batches whose mean gradient makes one update."""
+    warmup: Annotated[float, Field(ge=0, le=1)] = 0.3
+    """budget: share of the iterations over which the target rises to the full sparsity."""
+    multiplier_lr: PositiveFloat = 1.0
+    """budget: learning rate of the multipliers' ascent."""
+    checkpoint: bool = True
+    """Recompute each denoising step in the backward pass instead of keeping its activations."""
+    keep_steps: NonNegativeInt = 0
+    """With checkpoint: steps whose activations are kept all the same; more memory, less time."""
+    scope: Literal["global", "structure"] = "global"
+    """Rank units across all structures, or remove the same share of each."""
+    min_units: NonNegativeInt = 0
+    """Units that each structure keeps at least."""
+    seed: NonNegativeInt = 0
+
+
+class RetrainSettings(Settings):
+    """How a pruned model is retrained on what the dense model generates."""
+
+    kind: RetrainKind = "lora"
+    rank: PositiveInt = 16
+    """lora: rank of the updates, merged into the weights at the end."""
+    lr: PositiveFloat = 1e-4
+    steps: PositiveInt = 1000
+    batch: PositiveInt = 8
+    seed: NonNegativeInt = 0
+    distillation: NonNegativeFloat = 0.0
+    """Weight of the distance to the dense model's prediction, beside the training loss."""
+
+
+class RetrainSection(Settings):
+    """The settings of the two kinds of retraining that variants can name."""
+
+    lora: RetrainSettings = RetrainSettings(kind="lora")
+    full: RetrainSettings = RetrainSettings(kind="full", lr=1e-5)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _kind_is_the_key(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        return {
+            key: {"kind": key, **value} if isinstance(value, Mapping) else value
+            for key, value in data.items()
+        }
+
+    @model_validator(mode="after")
+    def _kinds_agree(self) -> RetrainSection:
+        if self.lora.kind != "lora" or self.full.kind != "full":
+            raise ValueError("kind must be the name of its section")
+        return self
+
+
+class CalibrateSettings(Settings):
+    """What the dense model is recorded on."""
+
+    prompts: Name = "calibration"
+    """Which prompt set."""
+    batch_size: PositiveInt = 8
+
+
+class PruneSettings(Settings):
+    """How pruned models are made."""
+
+    ridge: NonNegativeFloat = 1e-4
+    """Compensation: ridge, relative to the mean of the Gram matrix's diagonal."""
+
+
+class GenerateSettings(Settings):
+    """How images are made."""
+
+    shard_size: PositiveInt = 1024
+    """Prompts a job; a job starts by loading the model."""
+    batch_size: PositiveInt = 8
+
+
+class EfficiencySettings(Settings):
+    """How speed and memory are measured: all variants of a model in turns, in one process."""
+
+    batch_size: PositiveInt = 1
+    warmup: NonNegativeInt = 1
+    """Rounds that are not counted."""
+    repeats: PositiveInt = 5
+    """Rounds whose median is reported."""
+
+
+class MaskCostSettings(Settings):
+    """How the cost of one learning iteration is measured."""
+
+    steps: tuple[PositiveInt, ...] = (2, 4, 8)
+    """Numbers of denoising steps."""
+    batch: PositiveInt = 4
+
+
+class EvaluateSettings(Settings):
+    """How variants are judged."""
+
+    prompts: Name = "evaluation"
+    """Which prompt set."""
+    features: Literal["inception", "clip"] = "inception"
+    """What FID and KID compare: Inception pool features or the image side of clip_model."""
+    clip_model: str = "ViT-B-16"
+    """open_clip model, or `local-dir:<folder>`."""
+    clip_pretrained: str | None = "datacomp_xl_s13b_b90k"
+    """open_clip weights; null for a local folder."""
+    batch_size: PositiveInt = 32
+    efficiency: EfficiencySettings | None = EfficiencySettings()
+    """null: not measured."""
+    mask_cost: MaskCostSettings | None = MaskCostSettings()
+    """null: not measured."""
+
+
+class ReportSettings(Settings):
+    """What the tables and figures show."""
+
+    published: str | None = None
+    """A csv of published results to show beside ours."""
+    examples: PositiveInt = 8
+    """Prompts in the picture grid."""
