@@ -8,11 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 from torch import nn
 
 from ecodiff.toys import world
-
-EMA = 0.999  # decay of the averaged weights, which are the ones that are kept
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,25 @@ def scenes(recipe: Recipe) -> Iterator[tuple[torch.Tensor, list[str]]]:
         yield to_tensor([world.render(s) for s in batch]), [s.caption for s in batch]
 
 
+def latent_batches(
+    vae: AutoencoderKL, recipe: Recipe, pictures: int = 30_720
+) -> Iterator[tuple[torch.Tensor, list[str]]]:
+    """Endless shuffled batches of scaled latents, float (batch, 4, 16, 16), and captions.
+
+    The pictures are drawn and encoded once and then reused in every epoch.
+    """
+    source, latents, captions = scenes(recipe), [], []
+    with torch.no_grad():
+        while len(captions) < pictures:
+            pixels, said = next(source)
+            latents.append(vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor)
+            captions += said
+    stored = torch.cat(latents)
+    while True:
+        for chosen in torch.randperm(len(captions)).split(recipe.batch):
+            yield stored[chosen], [captions[i] for i in chosen]
+
+
 def to_tensor(images: list[np.ndarray]) -> torch.Tensor:
     """uint8 (SIDE, SIDE, 3) pictures as float (n, 3, SIDE, SIDE) in [-1, 1]."""
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
@@ -43,9 +61,7 @@ def to_tensor(images: list[np.ndarray]) -> torch.Tensor:
 def fit(
     module: nn.Module, recipe: Recipe, loss_of_step: Callable[[int], torch.Tensor], name: str
 ) -> float:
-    """Trains a module in place and leaves its averaged weights in it.
-
-    AdamW, linear warm-up and cosine decay to zero.
+    """Trains a module in place: AdamW, one warm-up and a cosine decay to zero.
 
     Args:
         loss_of_step: the loss (scalar) of a step, counted from 0.
@@ -55,9 +71,6 @@ def fit(
     """
     start = time.monotonic()
     module.train()
-    average = torch.optim.swa_utils.AveragedModel(
-        module, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(EMA)
-    )
     optimizer = torch.optim.AdamW(module.parameters(), lr=recipe.lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
@@ -74,11 +87,9 @@ def fit(
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        average.update_parameters(module)
         running = loss.item() if step == 0 else 0.98 * running + 0.02 * loss.item()
         if step % 50 == 0 or step == recipe.steps - 1:
             elapsed = time.monotonic() - start
             print(f"{name} step {step}/{recipe.steps} loss {running:.5f} {elapsed:.0f}s", flush=True)
-    module.load_state_dict(average.module.state_dict())
     module.eval()
     return time.monotonic() - start

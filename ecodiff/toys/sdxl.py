@@ -1,0 +1,90 @@
+"""toy-sdxl: a genuine StableDiffusionXLPipeline for ShapeWorld, and its training."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from torch import nn
+from torch.nn import functional as F
+
+from ecodiff.toys import text, world
+from ecodiff.toys.training import Recipe, fit, latent_batches
+
+RECIPE = Recipe(steps=3000, batch=64, lr=1e-3)
+UNCONDITIONAL = 0.1  # share of captions dropped, for classifier-free guidance
+WIDTHS = (40, 64, 128)
+
+
+def build(vae: AutoencoderKL, widths: tuple[int, int, int] = WIDTHS) -> StableDiffusionXLPipeline:
+    """The untrained pipeline: attention on the two lower levels, two blocks deep on the last."""
+    tokenizer = text.clip_tokenizer()
+    ids = 8  # width of each embedded size or crop
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        in_channels=vae.config.latent_channels,
+        out_channels=vae.config.latent_channels,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=widths,
+        layers_per_block=1,
+        transformer_layers_per_block=(1, 1, 2),
+        attention_head_dim=tuple(width // 8 if i == 0 else width // 16 for i, width in enumerate(widths)),
+        norm_num_groups=8,
+        cross_attention_dim=2 * text.WIDTH,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=ids,
+        projection_class_embeddings_input_dim=6 * ids + text.WIDTH,
+    )
+    scheduler = EulerDiscreteScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        timestep_spacing="trailing",
+    )
+    return StableDiffusionXLPipeline(
+        vae=vae,
+        text_encoder=text.clip_encoder(tokenizer),
+        text_encoder_2=text.clip_encoder(tokenizer, projection=True),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        add_watermarker=False,
+    )
+
+
+def train(vae: AutoencoderKL, recipe: Recipe = RECIPE) -> tuple[StableDiffusionXLPipeline, float]:
+    """The trained pipeline (U-Net and text encoders, noise prediction) and the seconds."""
+    torch.manual_seed(recipe.seed)
+    pipe = build(vae)
+    trained = nn.ModuleList([pipe.unet, pipe.text_encoder, pipe.text_encoder_2])
+    noising = DDPMScheduler.from_config(pipe.scheduler.config)
+    batches = latent_batches(vae, recipe)
+    sizes = torch.tensor([[world.SIDE, world.SIDE, 0, 0, world.SIDE, world.SIDE]])
+
+    def loss_of_step(_: int) -> torch.Tensor:
+        latents, captions = next(batches)
+        embeds, _, pooled, _ = pipe.encode_prompt(captions, do_classifier_free_guidance=False)
+        keep = (torch.rand(len(captions)) >= UNCONDITIONAL).float()
+        noise = torch.randn_like(latents)
+        steps = torch.randint(len(noising), (len(captions),))
+        predicted = pipe.unet(
+            noising.add_noise(latents, noise, steps),
+            steps,
+            encoder_hidden_states=embeds * keep[:, None, None],
+            added_cond_kwargs={
+                "text_embeds": pooled * keep[:, None],
+                "time_ids": sizes.expand(len(captions), -1),
+            },
+        ).sample
+        return F.mse_loss(predicted, noise)
+
+    seconds = fit(trained, recipe, loss_of_step, "toy-sdxl")
+    return pipe, seconds
