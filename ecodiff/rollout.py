@@ -1,0 +1,81 @@
+"""The denoising trajectory as one differentiable function, with the memory of a single step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute_later
+
+from ecodiff.pipelines import Call, call_arguments, denoiser_of, quiet
+
+
+def rollout(
+    pipe: DiffusionPipeline,
+    embeds: dict[str, Tensor],
+    noise: Tensor,
+    call: Call,
+    checkpoint: bool = True,
+    keep_steps: int = 0,
+) -> Tensor:
+    """Run the pipeline's own loop from noise to z0, differentiably (EcoDiff, time-step gradient
+    checkpointing).
+
+    With `checkpoint`, each step keeps only its latent and is computed again in the backward pass,
+    except for the last `keep_steps`: their activations stay, which saves their recomputation.
+    Keeping the *last* steps is free of extra peak memory for one, since they go back first.
+    Gradients equal full backpropagation. Wrap this *and* the backward pass in `frozen`, which
+    spares the gradients of weights.
+
+    Returns z0 with the shape and dtype of `noise`.
+    """
+    denoiser = denoiser_of(pipe)
+    forward, called = denoiser.forward, 0
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        nonlocal called
+        called += 1
+        if called > pipe.num_timesteps - keep_steps:
+            return forward(*args, **kwargs)
+        # Denoisers are in eval mode and draw no random numbers, so no RNG state is worth keeping.
+        return recompute_later(
+            forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
+        )
+
+    # Only the denoiser is wrapped: the scheduler's scaling and step counter stay outside, so a
+    # recomputed step sees the very latent that was stored.
+    loop = type(pipe).__call__.__wrapped__
+    with quiet(pipe), _replaced_forward(denoiser, step if checkpoint else forward):
+        return loop(pipe, **call_arguments(embeds, noise, call)).images
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Switch off the gradients of a module's parameters, then restore each one's own setting.
+
+    Must span the backward pass too: a recomputed step has to see what the first pass saw.
+    """
+    wanted = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def _replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
+    own = module.__dict__.get("forward")  # set when a library has hooked the instance
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
