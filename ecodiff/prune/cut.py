@@ -1,0 +1,72 @@
+"""Cut the units that a mask removes out of a pipeline's denoiser."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from ecodiff.errors import UserError
+from ecodiff.narrow import narrow
+from ecodiff.prune.compensate import compensate
+from ecodiff.saving import Pruned, pruned_class
+from ecodiff.structures import Structure, denoiser_of, discover
+
+if TYPE_CHECKING:
+    from ecodiff.calibrate import Grams
+    from ecodiff.mask import Mask
+
+
+def prune(
+    pipe: DiffusionPipeline,
+    mask: Mask | Mapping[str, Tensor],
+    grams: Grams | None = None,
+    ridge: float = 1e-4,
+) -> None:
+    """Remove the units that the mask doesn't keep, in place (EcoDiff, "structural pruning").
+
+    The pruned model computes what the dense one does under 0/1 gates, unless `grams` are given. Its
+    denoiser becomes an `ecodiff.Pruned<Class>`.
+
+    Args:
+        pipe: a dense pipeline.
+        mask: a `Mask`, or structure name -> bool (units,), true for units that stay. Structures
+            that are not named stay whole.
+        grams: activations of the dense model; with them surviving weights are re-solved, see
+            `compensate`.
+        ridge: of that solution, relative to the mean of the Gram matrix's diagonal.
+
+    Raises:
+        UserError: the denoiser is pruned already, or mask or grams don't fit its structures.
+    """
+    denoiser = denoiser_of(pipe)
+    if isinstance(denoiser, Pruned):
+        raise UserError("the denoiser is pruned already; prune the dense model with a larger mask")
+    structures = discover(denoiser)
+    kept = _kept_units(structures, getattr(mask, "kept", mask))
+    if grams is not None:
+        compensate(denoiser, structures, kept, grams, ridge)
+    narrow(denoiser, structures, kept)
+    denoiser.__class__ = pruned_class(type(denoiser))
+    denoiser.register_to_config(pruned={name: len(units) for name, units in kept.items()})
+    # The pipeline recorded the dense class; setting the component records the new one.
+    name = next(n for n, component in pipe.components.items() if component is denoiser)
+    setattr(pipe, name, denoiser)
+
+
+def _kept_units(structures: Sequence[Structure], mask: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the indices of the units that stay, of those structures that lose any."""
+    sizes = {s.name: s.units for s in structures}
+    kept = {}
+    for name, stays in mask.items():
+        if name not in sizes:
+            raise UserError(f"mask: {name} is not a structure of this model")
+        if stays.dtype != torch.bool or stays.shape != (sizes[name],):
+            found = f"{stays.dtype} {tuple(stays.shape)}"
+            raise UserError(f"mask: {name}: is {found}, must be bool of ({sizes[name]},)")
+        if not stays.all():
+            kept[name] = stays.nonzero().flatten().cpu()
+    return kept

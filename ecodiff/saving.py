@@ -1,0 +1,193 @@
+"""The folder format of a pruned model: a diffusers pipeline folder that diffusers itself reads.
+
+`config.json` of the denoiser gains `pruned`, structure name -> units kept, and `model_index.json`
+names the class `ecodiff.Pruned<Class>`. That class builds its dense parent from the config and
+narrows the shapes before weights are read, so sharding, variants, dtypes and devices remain
+diffusers' business. Safetensors only.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, Self
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from ecodiff.artifacts import atomic
+from ecodiff.errors import UserError
+from ecodiff.narrow import narrow
+from ecodiff.structures import discover
+
+MARKER = "ecodiff.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+class Pruned:
+    """What makes a diffusers model class a pruned one: shapes narrowed as its config says."""
+
+    @classmethod
+    def from_config(
+        cls, config: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Self | tuple[Self, dict[str, Any]]:
+        """Build the model without weights; same contract as `ConfigMixin.from_config`.
+
+        Raises:
+            UserError: `pruned` of the config names structures or sizes that the model lacks.
+        """
+        config = dict(config)
+        units = config.pop("pruned", {})
+        model, unused = super().from_config(config, return_unused_kwargs=True, **kwargs)
+        _narrow_to(model, units)
+        model.register_to_config(pruned=dict(units))
+        return (model, unused) if return_unused_kwargs else model
+
+
+@cache
+def pruned_class(dense: type[ModelMixin]) -> type[ModelMixin]:
+    """Return the pruned counterpart of a diffusers model class.
+
+    Its module is `ecodiff`, not this one: `model_index.json` records the module, and diffusers
+    looks it up among those that are already imported.
+    """
+    members = {"__module__": "ecodiff", "__doc__": f"A pruned `diffusers.{dense.__name__}`."}
+    return type(f"Pruned{dense.__name__}", (Pruned, dense), members)
+
+
+def class_named(name: str) -> type[ModelMixin]:
+    """Return the class `Pruned<Class>` for a diffusers model class.
+
+    Raises:
+        AttributeError: diffusers has no such model class.
+    """
+    dense = getattr(diffusers, name.removeprefix("Pruned"), None)
+    is_model = isinstance(dense, type) and issubclass(dense, ModelMixin)
+    if not (name.startswith("Pruned") and is_model):
+        raise AttributeError(f"module 'ecodiff' has no attribute {name!r}")
+    return pruned_class(dense)
+
+
+def save(pipe: DiffusionPipeline, folder: str | Path) -> None:
+    """Write a pipeline, pruned or dense, as a folder of safetensors; whole or not at all.
+
+    Args:
+        pipe: the pipeline; weights keep their dtype.
+        folder: made, or replaced when it is one that this function wrote.
+
+    Raises:
+        UserError: the folder holds something else.
+    """
+    folder = Path(folder).resolve()
+    is_ours = folder.is_dir() and ((folder / MARKER).is_file() or not any(folder.iterdir()))
+    if folder.exists() and not is_ours:
+        raise UserError(f"{folder}: exists and was not written by ecodiff; choose another folder")
+    with atomic(folder) as scratch:
+        pipe.save_pretrained(scratch, safe_serialization=True)
+        (scratch / MARKER).write_text(json.dumps({"format": 1}) + "\n")
+
+
+def load(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
+    """Read a pipeline folder, pruned or dense, onto the CPU.
+
+    Args:
+        folder: a diffusers pipeline folder.
+        dtype: what the weights are cast to.
+
+    Raises:
+        UserError: files are missing, truncated or pickles, or config and weights disagree.
+    """
+    folder = Path(folder)
+    index = _read_json(folder / "model_index.json")
+    components = {k: v for k, v in index.items() if isinstance(v, list) and v[0] is not None}
+    name = next((n for n in ("unet", "transformer") if n in components), None)
+    if name is None:
+        raise UserError(f"{folder}/model_index.json: no unet or transformer")
+    for component in components:
+        if component == name or (folder / component / "config.json").exists():
+            _check_weights(folder / component)
+    denoiser = _load_denoiser(folder / name, *components[name], dtype)
+    try:
+        return DiffusionPipeline.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, **{name: denoiser}
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: {_first_line(error)}") from error
+
+
+def _load_denoiser(folder: Path, library: str, class_name: str, dtype: torch.dtype) -> ModelMixin:
+    """Load the denoiser and insist that each of its tensors came from the files."""
+    try:
+        model_class = class_named(class_name) if library == "ecodiff" else None
+        model_class = model_class or getattr(diffusers, class_name)
+    except AttributeError as error:
+        raise UserError(f"{folder}: unknown denoiser class {library}.{class_name}") from error
+    _read_json(folder / "config.json")
+    try:
+        denoiser, info = model_class.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, TypeError) as error:
+        reason = _first_line(error)
+        raise UserError(f"{folder}: config.json and weights disagree: {reason}") from error
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[what]:
+            some = ", ".join(str(key) for key in sorted(info[what])[:3])
+            reason = f"{len(info[what])} {what.replace('_', ' ')}, such as {some}"
+            raise UserError(f"{folder}: config.json and weights disagree: {reason}")
+    return denoiser
+
+
+def _check_weights(folder: Path) -> None:
+    """Insist on complete safetensors; diffusers' own errors don't say what is wrong."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: missing")
+    files = sorted(folder.glob("*.safetensors"))
+    for index in folder.glob("*.safetensors.index.json"):
+        shards = set(_read_json(index).get("weight_map", {}).values())
+        for shard in sorted(shards - {file.name for file in files}):
+            raise UserError(f"{folder / shard}: missing, but {index.name} names it")
+    if not files:
+        pickles = [file.name for file in folder.iterdir() if file.suffix in PICKLES]
+        found = f"only {pickles[0]}, a pickle, which is never read" if pickles else "no weights"
+        raise UserError(f"{folder}: {found}; expected *.safetensors")
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            reason = _first_line(error)
+            raise UserError(f"{file}: truncated or not safetensors ({reason})") from error
+
+
+def _narrow_to(model: nn.Module, units: Mapping[str, int]) -> None:
+    """Give a dense model the shapes of a pruned one; which units stay doesn't matter here."""
+    structures = discover(model)
+    sizes = {s.name: s.units for s in structures}
+    for name, count in units.items():
+        if name not in sizes or not isinstance(count, int) or not 0 <= count <= sizes[name]:
+            allowed = f"0 to {sizes[name]}" if name in sizes else "a structure of this model"
+            raise UserError(f"config.json: pruned: {name}: {count} is not possible ({allowed})")
+    narrow(model, structures, {name: torch.arange(count) for name, count in units.items()})
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: missing") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return content
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,200 @@
+"""Pruned equals masked, for every kind of structure of both families."""
+
+from __future__ import annotations
+
+from functools import cache
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny import CALLS, tiny
+from torch import nn
+
+import ecodiff
+from ecodiff.errors import UserError
+from ecodiff.gates import Gates
+from ecodiff.narrow import NoHeads, ScatterLinear
+from ecodiff.pipelines import denoise, encode, starting_noise
+from ecodiff.structures import count_parameters, denoiser_of, discover
+
+FAMILIES = ("sdxl", "flux")
+KINDS = (("sdxl", "heads"), ("sdxl", "neurons"), *(("flux", k) for k in ("heads", "neurons")))
+KINDS += (("flux", "modulation"),)
+
+
+@cache
+def inputs(family):
+    """Embeddings and starting noise; the same for all copies of the tiny pipeline."""
+    pipe = tiny(family)
+    embeds = encode(pipe, ["a red square", "a blue ring on navy"], CALLS[family])
+    return embeds, starting_noise(pipe, [1, 2], CALLS[family])
+
+
+def z0(pipe, family):
+    return denoise(pipe, *inputs(family), CALLS[family])
+
+
+def masked_z0(pipe, family, kept):
+    gates = Gates(discover(pipe))
+    gates.set(kept)
+    with gates.attached(denoiser_of(pipe)):
+        return z0(pipe, family)
+
+
+def random_units(structure, seed, share=0.5):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(structure.units, generator=generator) < share
+
+
+def one_unit(structure, seed):
+    return torch.arange(structure.units) == seed % structure.units
+
+
+def no_unit(structure, seed):
+    return torch.zeros(structure.units, dtype=torch.bool)
+
+
+def half_of_the_structures_empty(structure, seed):
+    return no_unit(structure, seed) if seed % 2 else random_units(structure, seed)
+
+
+@pytest.mark.parametrize(("family", "kind"), KINDS)
+@pytest.mark.parametrize(
+    "keep",
+    [random_units, one_unit, no_unit, half_of_the_structures_empty],
+    ids=lambda f: f.__name__,
+)
+def test_pruned_equals_masked(family, kind, keep):
+    pipe = tiny(family)
+    kept = {s.name: keep(s, i) for i, s in enumerate(discover(pipe)) if s.kind == kind}
+    masked = masked_z0(pipe, family, kept)
+    assert (masked - z0(pipe, family)).abs().max() > 1e-3  # the mask matters
+    ecodiff.prune(pipe, kept)
+    assert (z0(pipe, family) - masked).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("keep", [random_units, no_unit], ids=lambda f: f.__name__)
+def test_pruned_equals_masked_with_all_kinds_at_once(family, keep):
+    pipe = tiny(family)
+    kept = {s.name: keep(s, i) for i, s in enumerate(discover(pipe))}
+    masked = masked_z0(pipe, family, kept)
+    ecodiff.prune(pipe, kept)
+    assert (z0(pipe, family) - masked).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parameters_fall_by_what_the_structures_promise(family):
+    pipe = tiny(family)
+    structures, before = discover(pipe), count_parameters(denoiser_of(pipe))
+    kept = {s.name: random_units(s, i) | one_unit(s, i) for i, s in enumerate(structures)}
+    promised = sum(int((~kept[s.name]).sum()) * s.unit_parameters for s in structures)
+    ecodiff.prune(pipe, kept)
+    assert before - count_parameters(denoiser_of(pipe)) == promised
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keeping_all_changes_nothing(family):
+    pipe = tiny(family)
+    before = z0(pipe, family)
+    ecodiff.prune(pipe, {s.name: torch.ones(s.units, dtype=torch.bool) for s in discover(pipe)})
+    assert torch.equal(z0(pipe, family), before)
+
+
+def test_attention_without_heads_returns_its_bias_and_not_its_input():
+    pipe = tiny("sdxl")
+    heads = next(s for s in discover(pipe) if s.kind == "heads")
+    ecodiff.prune(pipe, {heads.name: no_unit(heads, 0)})
+    attention = pipe.unet.get_submodule(heads.name.removesuffix(".heads"))
+    width = attention.to_out[0].out_features
+    output = attention(torch.randn(2, 5, width))
+    assert torch.equal(output, attention.to_out[0].bias.expand(2, 5, width))
+
+
+def test_joint_attention_without_heads_returns_both_biases():
+    pipe = tiny("flux")
+    ecodiff.prune(pipe, {"transformer_blocks.0.attn.heads": torch.zeros(2, dtype=torch.bool)})
+    attention = pipe.transformer.transformer_blocks[0].attn
+    image, text = attention(torch.randn(1, 3, 32), encoder_hidden_states=torch.randn(1, 4, 32))
+    assert torch.equal(image, attention.to_out[0].bias.expand(1, 3, 32))
+    assert torch.equal(text, attention.to_add_out.bias.expand(1, 4, 32))
+
+
+def test_single_block_without_heads_gives_zero_width():
+    pipe = tiny("flux")
+    name = "single_transformer_blocks.0.attn"
+    ecodiff.prune(pipe, {f"{name}.heads": torch.zeros(2, dtype=torch.bool)})
+    assert pipe.transformer.get_submodule(name)(torch.randn(2, 7, 32)).shape == (2, 7, 0)
+
+
+def test_a_spatial_residual_attention_without_heads_keeps_shape_residual_and_scale():
+    attention = nn.Module()
+    attention.to_out = nn.ModuleList([nn.Linear(0, 6), nn.Dropout(0.0)])
+    attention.residual_connection, attention.rescale_output_factor = True, 2.0
+    picture = torch.randn(2, 6, 3, 4)
+    expected = (picture + attention.to_out[0].bias[:, None, None]) / 2
+    assert torch.allclose(NoHeads(attention)(picture), expected)
+
+
+def test_pruned_modulation_channels_are_exactly_zero_in_every_dtype():
+    linear = nn.Linear(3, 5).to(torch.bfloat16)
+    output = ScatterLinear(linear, torch.tensor([1, 4]))(torch.randn(2, 3, dtype=torch.bfloat16))
+    assert output.dtype == torch.bfloat16 and output.shape == (2, 5)
+    assert (output != 0).any(0).tolist() == [False, True, False, False, True]
+
+
+def test_activations_stay_as_the_model_has_them():
+    pipe = tiny("flux")
+    kept = {s.name: random_units(s, 0) for s in discover(pipe) if s.kind == "neurons"}
+    ecodiff.prune(pipe, kept)
+    assert pipe.transformer.transformer_blocks[0].ff.net[0].approximate == "tanh"
+    assert pipe.transformer.single_transformer_blocks[0].act_mlp.approximate == "tanh"
+
+
+def test_attention_knows_its_heads_and_keeps_its_query_dim():
+    pipe = tiny("sdxl")
+    cross = [s for s in discover(pipe) if s.kind == "heads" and ".attn2." in s.name]
+    before = {s.name: pipe.unet.get_submodule(s.name.removesuffix(".heads")) for s in cross}
+    query_dims = {name: a.query_dim for name, a in before.items()}
+    ecodiff.prune(pipe, {s.name: one_unit(s, 0) for s in cross})
+    for s in cross:
+        attention = pipe.unet.get_submodule(s.name.removesuffix(".heads"))
+        assert attention.heads == 1 and attention.inner_dim == s.width
+        assert attention.query_dim == attention.to_q.in_features == query_dims[s.name]
+
+
+def test_prune_takes_a_mask_by_its_kept_units():
+    pipe = tiny("sdxl")
+    structure = next(s for s in discover(pipe) if s.kind == "neurons")
+    ecodiff.prune(pipe, SimpleNamespace(kept={structure.name: one_unit(structure, 3)}))
+    assert pipe.unet.config["pruned"] == {structure.name: 1}
+
+
+def test_the_verb_survives_imports_of_its_package():
+    import ecodiff.prune.cut
+
+    assert callable(ecodiff.prune)
+    assert ecodiff.prune.cut.prune is ecodiff.prune.prune
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        ({"nowhere.heads": torch.ones(2, dtype=torch.bool)}, "nowhere.heads is not a structure"),
+        ({"norm_out.modulation": torch.ones(3, dtype=torch.bool)}, "must be bool of \\(64,\\)"),
+        ({"norm_out.modulation": torch.ones(64)}, "torch.float32"),
+    ],
+)
+def test_a_mask_of_another_model_is_refused(mask, message):
+    pipe = tiny("flux")
+    before = type(pipe.transformer)
+    with pytest.raises(UserError, match=message):
+        ecodiff.prune(pipe, mask)
+    assert type(pipe.transformer) is before
+
+
+def test_a_pruned_model_is_not_pruned_again():
+    pipe = tiny("flux")
+    ecodiff.prune(pipe, {})
+    with pytest.raises(UserError, match="pruned already"):
+        ecodiff.prune(pipe, {})
