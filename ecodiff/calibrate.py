@@ -1,0 +1,232 @@
+"""What the dense model does on the calibration prompts, recorded once.
+
+Text encoders are needed here and not again: prompts are encoded, noise is drawn and z0 computed
+once, then read from the cache. A cache knows which model and call it is of.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from diffusers import DiffusionPipeline
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ecodiff.artifacts import atomic
+from ecodiff.errors import UserError
+from ecodiff.pipelines import Call, denoise, denoiser_of, encode, fingerprint, starting_noise
+from ecodiff.structures import Structure
+
+
+@dataclass
+class Calibration:
+    """The dense model's inputs and final latents, on the CPU.
+
+    Attributes:
+        prompts: n captions.
+        seeds: n seeds of the starting noise, all different.
+        embeds: keyword arguments of the pipeline's call, each (n, ...).
+        noise: starting noise (n, ...), in the layout of the pipeline.
+        z0: final latents of the dense model, shaped as `noise`.
+        call: the `call` section of the model.
+        fingerprint: of the dense model, see `pipelines.fingerprint`.
+    """
+
+    prompts: list[str]
+    seeds: list[int]
+    embeds: dict[str, Tensor]
+    noise: Tensor
+    z0: Tensor
+    call: Call
+    fingerprint: str
+
+    def batch(self, indices: Sequence[int]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Embeddings, starting noise and z0 of some prompts, in the given order."""
+        rows = torch.as_tensor(indices)
+        return {k: v[rows] for k, v in self.embeds.items()}, self.noise[rows], self.z0[rows]
+
+    def check(self, pipe: DiffusionPipeline) -> None:
+        """Raise `UserError` when this was recorded from another model than `pipe`."""
+        _check_fingerprint("calibration", self.fingerprint, pipe)
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file, whole or not at all."""
+        tensors = {f"embeds.{key}": value for key, value in self.embeds.items()}
+        info = {key: getattr(self, key) for key in ("prompts", "seeds", "call", "fingerprint")}
+        _write(path, {**tensors, "noise": self.noise, "z0": self.z0}, info)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what `save` wrote. Raises `UserError` when the file is missing or not one."""
+        tensors, info = _read(path)
+        embeds = {
+            key.removeprefix("embeds."): tensors.pop(key)
+            for key in list(tensors)
+            if key.startswith("embeds.")
+        }
+        return _built(cls, path, {**tensors, **info, "embeds": embeds})
+
+
+def calibrate(
+    pipe: DiffusionPipeline, prompts: list[str], seeds: list[int], call: Call, batch_size: int
+) -> Calibration:
+    """Record the dense model on the prompts (EcoDiff, "end-to-end objective": the target z0).
+
+    Raises `UserError` when there are no prompts, prompts and seeds don't match in number, two
+    seeds are equal, or a final latent is not finite.
+    """
+    if not prompts or len(prompts) != len(seeds):
+        raise UserError(f"calibrate: {len(prompts)} prompts need as many seeds, got {len(seeds)}")
+    if len(set(seeds)) != len(seeds):
+        raise UserError("calibrate: seeds must differ, or prompts would share their starting noise")
+    parts = []
+    for chunk in _chunks(len(prompts), batch_size):
+        embeds = encode(pipe, [prompts[i] for i in chunk], call)
+        noise = starting_noise(pipe, [seeds[i] for i in chunk], call)
+        z0 = denoise(pipe, embeds, noise, call)
+        parts.append(({k: v.cpu() for k, v in embeds.items()}, noise.cpu(), z0.cpu()))
+    z0 = torch.cat([part[2] for part in parts])
+    bad = [seeds[i] for i, row in enumerate(z0.flatten(1)) if not row.isfinite().all()]
+    if bad:
+        raise UserError(f"calibrate: latents of seeds {bad[:5]} are not finite; try dtype float32")
+    return Calibration(
+        prompts=list(prompts),
+        seeds=[int(seed) for seed in seeds],
+        embeds={key: torch.cat([part[0][key] for part in parts]) for key in parts[0][0]},
+        noise=torch.cat([part[1] for part in parts]),
+        z0=z0,
+        call=dict(call),
+        fingerprint=fingerprint(pipe),
+    )
+
+
+@dataclass
+class Grams:
+    """Second moments of what consumers read in the dense model; linear name -> value.
+
+    Attributes:
+        gram: X^T X, (in, in), over all tokens, prompts, guidance branches and denoising steps.
+        total: the sum of X over the same, (in,).
+        count: how many rows X has.
+        fingerprint: of the dense model.
+    """
+
+    gram: dict[str, Tensor]
+    total: dict[str, Tensor]
+    count: dict[str, int]
+    fingerprint: str
+
+    def check(self, pipe: DiffusionPipeline) -> None:
+        """Raise `UserError` when these were gathered from another model than `pipe`."""
+        _check_fingerprint("grams", self.fingerprint, pipe)
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file, whole or not at all."""
+        tensors = {f"gram.{name}": value for name, value in self.gram.items()}
+        tensors |= {f"total.{name}": value for name, value in self.total.items()}
+        _write(path, tensors, {"count": self.count, "fingerprint": self.fingerprint})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what `save` wrote. Raises `UserError` when the file is missing or not one."""
+        tensors, info = _read(path)
+        parts: dict[str, dict[str, Tensor]] = {"gram": {}, "total": {}}
+        for key, value in tensors.items():
+            part, _, name = key.partition(".")
+            parts.setdefault(part, {})[name] = value
+        return _built(cls, path, {**parts, **info})
+
+
+def gather_grams(
+    pipe: DiffusionPipeline,
+    structures: Iterable[Structure],
+    calibration: Calibration,
+    batch_size: int,
+) -> Grams:
+    """Run the dense model once more and gather the moments of each consumer's input.
+
+    Products are float32, sums float64 unless they would take more than 8 GB, on the model's device.
+    Raises `UserError` when the calibration is of another model.
+    """
+    calibration.check(pipe)
+    denoiser = denoiser_of(pipe)
+    names = dict.fromkeys(port.module for s in structures for port in s.consumers)
+    sizes = {name: denoiser.get_submodule(name).in_features for name in names}
+    heavy = sum(8 * size**2 for size in sizes.values()) > 8e9
+    kind = {"dtype": torch.float32 if heavy else torch.float64, "device": denoiser.device}
+    grams = Grams(
+        gram={name: torch.zeros(size, size, **kind) for name, size in sizes.items()},
+        total={name: torch.zeros(size, **kind) for name, size in sizes.items()},
+        count=dict.fromkeys(names, 0),
+        fingerprint=calibration.fingerprint,
+    )
+
+    def add(name: str, _: nn.Module, args: tuple[Any, ...]) -> None:
+        rows = args[0].flatten(0, -2).float()
+        grams.gram[name] += rows.T @ rows
+        grams.total[name] += rows.sum(0)
+        grams.count[name] += len(rows)
+
+    with _watched(denoiser, names, add):
+        for chunk in _chunks(len(calibration.prompts), batch_size):
+            embeds, noise, _ = calibration.batch(chunk)
+            embeds = {key: value.to(denoiser.device) for key, value in embeds.items()}
+            denoise(pipe, embeds, noise.to(denoiser.device), calibration.call)
+    return grams
+
+
+@contextmanager
+def _watched(
+    denoiser: nn.Module, names: Iterable[str], watch: Callable[..., None]
+) -> Iterator[None]:
+    handles = [
+        denoiser.get_submodule(name).register_forward_pre_hook(partial(watch, name))
+        for name in names
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _chunks(count: int, size: int) -> Iterator[range]:
+    return (range(start, min(start + size, count)) for start in range(0, count, size))
+
+
+def _check_fingerprint(what: str, recorded: str, pipe: DiffusionPipeline) -> None:
+    if recorded != fingerprint(pipe):
+        raise UserError(
+            f"{what}: was recorded from another model than the one given (weights, scheduler or"
+            " dtype differ); run the calibrate stage again"
+        )
+
+
+def _write(path: str | Path, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
+    with atomic(path) as scratch:
+        contiguous = {key: value.contiguous() for key, value in tensors.items()}
+        save_file(contiguous, scratch, metadata={"ecodiff": json.dumps(info)})
+
+
+def _read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            info = json.loads((file.metadata() or {})["ecodiff"])
+            return {key: file.get_tensor(key) for key in file.keys()}, info  # noqa: SIM118
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise UserError(f"{path}: missing, truncated or not written by ecodiff") from error
+
+
+def _built(cls: type, path: str | Path, fields: dict[str, Any]) -> Any:
+    try:
+        return cls(**fields)
+    except TypeError as error:
+        raise UserError(f"{path}: is not a {cls.__name__.lower()} file") from error

@@ -1,0 +1,130 @@
+"""The record of the dense model: exact, batch-free, and never of another model."""
+
+import pytest
+import torch
+from tiny import CALLS, tiny
+
+from ecodiff.calibrate import Calibration, Grams, calibrate, gather_grams
+from ecodiff.errors import UserError
+from ecodiff.pipelines import denoiser_of
+from ecodiff.structures import discover
+
+PROMPTS = ["a red circle", "a blue square", "a green triangle"]
+SEEDS = [11, 12, 13]
+
+
+@pytest.fixture(params=["sdxl", "flux"])
+def recorded(request):
+    pipe = tiny(request.param)
+    return pipe, calibrate(pipe, PROMPTS, SEEDS, CALLS[request.param], batch_size=2)
+
+
+def test_z0_is_that_of_the_plain_call_with_each_prompts_seed(recorded):
+    pipe, calibration = recorded
+    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    plain = pipe(PROMPTS, generator=generators, output_type="latent", **calibration.call).images
+    torch.testing.assert_close(calibration.z0, plain, rtol=1e-4, atol=1e-3)
+
+
+def test_a_batch_holds_the_rows_asked_for_in_order(recorded):
+    _, calibration = recorded
+    embeds, noise, z0 = calibration.batch([2, 0])
+    torch.testing.assert_close(z0, calibration.z0[[2, 0]])
+    torch.testing.assert_close(noise, calibration.noise[[2, 0]])
+    for key, value in calibration.embeds.items():
+        torch.testing.assert_close(embeds[key], value[[2, 0]])
+
+
+def test_a_saved_calibration_comes_back_whole(recorded, tmp_path):
+    _, calibration = recorded
+    calibration.save(tmp_path / "calibration.safetensors")
+    loaded = Calibration.load(tmp_path / "calibration.safetensors")
+    assert (loaded.prompts, loaded.seeds, loaded.call) == (PROMPTS, SEEDS, calibration.call)
+    assert loaded.fingerprint == calibration.fingerprint
+    assert loaded.embeds.keys() == calibration.embeds.keys()
+    torch.testing.assert_close(loaded.z0, calibration.z0, rtol=0, atol=0)
+    torch.testing.assert_close(loaded.noise, calibration.noise, rtol=0, atol=0)
+
+
+def test_a_stale_calibration_is_refused(recorded):
+    """Fault 10: a cache keyed by its path alone."""
+    pipe, calibration = recorded
+    calibration.check(pipe)
+    with torch.no_grad():
+        denoiser_of(pipe).get_submodule("conv_out" if hasattr(pipe, "unet") else "proj_out").bias[
+            0
+        ] += 1
+    with pytest.raises(UserError, match="another model"):
+        calibration.check(pipe)
+
+
+def test_equal_seeds_are_refused():
+    """Fault 8: the same starting noise for every prompt."""
+    with pytest.raises(UserError, match="seeds must differ"):
+        calibrate(tiny("flux"), PROMPTS, [1, 2, 1], CALLS["flux"], batch_size=2)
+
+
+def test_seeds_must_match_prompts_in_number():
+    with pytest.raises(UserError, match="3 prompts"):
+        calibrate(tiny("flux"), PROMPTS, [1, 2], CALLS["flux"], batch_size=2)
+
+
+def test_latents_that_are_not_finite_name_their_seeds():
+    pipe = tiny("flux")
+    with torch.no_grad():
+        pipe.transformer.proj_out.bias.fill_(torch.nan)
+    with pytest.raises(UserError, match=r"\[11, 12, 13\]"):
+        calibrate(pipe, PROMPTS, SEEDS, CALLS["flux"], batch_size=2)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not safetensors"])
+def test_a_broken_file_is_named(tmp_path, content):
+    path = tmp_path / "calibration.safetensors"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=r"calibration\.safetensors"):
+        Calibration.load(path)
+
+
+def test_grams_hold_every_input_of_every_step(recorded):
+    pipe, calibration = recorded
+    structures = discover(pipe)
+    grams = gather_grams(pipe, structures, calibration, batch_size=2)
+    consumers = {port.module for s in structures for port in s.consumers}
+    assert set(grams.gram) == consumers
+    for module in (min(consumers), max(consumers)):
+        inputs = []
+        hook = (
+            denoiser_of(pipe)
+            .get_submodule(module)
+            .register_forward_pre_hook(
+                lambda _, args, inputs=inputs: inputs.append(args[0].flatten(0, -2).double())
+            )
+        )
+        pipe(**calibration.embeds, latents=calibration.noise, **calibration.call)
+        hook.remove()
+        x = torch.cat(inputs)
+        assert grams.count[module] == len(x)
+        torch.testing.assert_close(grams.total[module], x.sum(0), rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(grams.gram[module], x.T @ x, rtol=1e-4, atol=1e-3)
+
+
+def test_saved_grams_come_back_whole_and_are_not_a_calibration(recorded, tmp_path):
+    pipe, calibration = recorded
+    grams = gather_grams(pipe, discover(pipe), calibration, batch_size=3)
+    grams.save(tmp_path / "grams.safetensors")
+    loaded = Grams.load(tmp_path / "grams.safetensors")
+    assert loaded.count == grams.count
+    assert loaded.fingerprint == calibration.fingerprint
+    for name, value in grams.gram.items():
+        torch.testing.assert_close(loaded.gram[name], value, rtol=0, atol=0)
+        torch.testing.assert_close(loaded.total[name], grams.total[name], rtol=0, atol=0)
+    with pytest.raises(UserError, match="calibration"):
+        Calibration.load(tmp_path / "grams.safetensors")
+
+
+def test_grams_refuse_a_calibration_of_another_model():
+    pipe = tiny("flux")
+    calibration = calibrate(pipe, PROMPTS, SEEDS, CALLS["flux"], batch_size=3)
+    with pytest.raises(UserError, match="another model"):
+        gather_grams(tiny("flux", seed=1), discover(pipe), calibration, batch_size=3)
