@@ -57,7 +57,8 @@ class CallSettings(Settings):
     """How the pipeline is called, the same for all stages and variants of a model."""
 
     num_inference_steps: PositiveInt
-    guidance_scale: NonNegativeFloat
+    guidance_scale: NonNegativeFloat | None = None
+    """null: the pipeline's own default."""
     height: PositiveInt
     width: PositiveInt
     max_sequence_length: PositiveInt | None = None
