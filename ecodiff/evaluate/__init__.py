@@ -1,0 +1,1 @@
+"""Judging variants: the quality of their pictures, and what they cost."""

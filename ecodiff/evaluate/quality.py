@@ -1,0 +1,182 @@
+"""How good a variant's pictures are: against real images, captions and the dense model's pictures.
+
+Imports no diffusers: a job starts in the time of torch, torchmetrics and open_clip.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import KernelInceptionDistance
+
+from ecodiff.config import EvaluateSettings
+from ecodiff.errors import UserError
+from ecodiff.evaluate.features import Clip, Features, Precomputed, inception
+from ecodiff.evaluate.samples import Samples, read_image
+from ecodiff.toys import checker, world
+
+KID_SUBSET = 1000  # samples in each of KID's 100 subsets, or half of the set if that is fewer
+
+
+class Judge:
+    """Judges variants one after another, with networks, texts and real images read only once."""
+
+    def __init__(
+        self,
+        prompts: pd.DataFrame,
+        dense: Samples,
+        settings: EvaluateSettings,
+        device: str = "cpu",
+    ) -> None:
+        """Prepares what all variants are compared with.
+
+        Args:
+            prompts: columns `index` (int), `prompt` (str), `image` (path of a real image, or None
+                for all: then there is no FID and no KID).
+            dense: the dense model's pictures of the same prompts.
+            settings: the `evaluate` section of the config.
+            device: where the feature networks run.
+
+        Raises:
+            UserError: a picture, a real image or the CLIP model is missing.
+        """
+        self.prompts = prompts.sort_values("index", ignore_index=True)
+        self.dense, self.batch_size = dense, settings.batch_size
+        _same_prompts(dense, self.prompts["index"].to_numpy())
+        self.captions: list[str] = self.prompts["prompt"].tolist()
+        self.clip = Clip(settings.clip_model, settings.clip_pretrained, device)
+        self.features: Features = (
+            inception(device) if settings.features == "inception" else self.clip.images
+        )
+        self.shares_features = settings.features == "clip"
+        self.texts = torch.cat([self.clip.texts(self.captions[rows]) for rows in self._batches()])
+        self.real = self._real_features()
+        self.is_shapeworld = all(map(_is_shapeworld, self.captions))
+
+    def __call__(self, samples: Samples) -> dict[str, float | int | None]:
+        """Judges the pictures of one variant.
+
+        Returns:
+            count: pictures judged.
+            fid: Frechet distance to the real images; None without real images.
+            kid, kid_std: kernel distance to the real images and its deviation over subsets.
+            clip_score: mean cosine of image and caption.
+            scene_accuracy: share of pictures that the ShapeWorld checker finds to show what
+                the caption says; None unless every caption is ShapeWorld's.
+            ssim, psnr: against the dense model's pictures (psnr in dB, over the pooled squared
+                error; None when the pictures are identical, where it is infinite).
+            latent_error: mean((z0' - z0)^2) / var(z0) over the whole set (EcoDiff, objective).
+
+        Raises:
+            UserError: the pictures are not those of the prompts, or not of the dense ones' size.
+        """
+        _same_prompts(samples, self.dense.index)
+        ssim = StructuralSimilarityIndexMeasure(data_range=1.0)
+        psnr = PeakSignalNoiseRatio(data_range=1.0)
+        features, cosines, met, moments = [], [], [], torch.zeros(4, dtype=torch.float64)
+        for rows in self._batches():
+            images, dense = samples.images(rows), self.dense.images(rows)
+            if images.shape != dense.shape:
+                raise UserError(f"evaluate: pictures are {images.shape}, dense {dense.shape}")
+            embedded = self.clip.images(images)
+            features.append(embedded if self.shares_features else self.features(images))
+            cosines.append(F.cosine_similarity(embedded, self.texts[rows]))
+            ssim.update(_unit(images), _unit(dense))
+            psnr.update(_unit(images), _unit(dense))
+            moments += _moments(samples.latents(rows), self.dense.latents(rows))
+            if self.is_shapeworld:
+                met += [
+                    checker.meets(i, c) for i, c in zip(images, self.captions[rows], strict=True)
+                ]
+        noise = psnr.compute().item()
+        return {
+            "count": len(samples),
+            **self._distances(torch.cat(features)),
+            "clip_score": torch.cat(cosines).mean().item(),
+            "scene_accuracy": float(np.mean(met)) if self.is_shapeworld else None,
+            "ssim": ssim.compute().item(),
+            "psnr": noise if np.isfinite(noise) else None,
+            "latent_error": relative_error(moments),
+        }
+
+    def _batches(self) -> Iterator[slice]:
+        return (
+            slice(start, start + self.batch_size)
+            for start in range(0, len(self.prompts), self.batch_size)
+        )
+
+    def _real_features(self) -> Tensor | None:
+        """Features of the real images, cut to the shape of the pictures around their centres."""
+        paths = self.prompts["image"]
+        if paths.isna().all():
+            return None
+        if paths.isna().any():
+            without = self.prompts["index"][paths.isna()].iloc[0]
+            raise UserError(f"prompts: prompt {without} has no image, but others have")
+        if len(paths) < 4:
+            raise UserError(f"prompts: FID and KID need at least 4 prompts, not {len(paths)}")
+        height, width = self.dense.images(slice(0, 1)).shape[1:3]
+        batches = (
+            np.stack([np.asarray(read_image(path, (width, height))) for path in paths[rows]])
+            for rows in self._batches()
+        )
+        return torch.cat([self.features(images) for images in batches])
+
+    def _distances(self, features: Tensor) -> dict[str, float | None]:
+        """FID and KID by torchmetrics, in double precision; KID's subsets are always the same."""
+        if self.real is None:
+            return {"fid": None, "kid": None, "kid_std": None}
+        network = Precomputed(features.shape[1])
+        fid = FrechetInceptionDistance(feature=network)
+        kid = KernelInceptionDistance(
+            feature=network, subset_size=min(KID_SUBSET, len(features) // 2)
+        )
+        for metric in (fid, kid):
+            metric.update(self.real.double(), real=True)
+            metric.update(features.double(), real=False)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            mean, deviation = kid.compute()
+        return {"fid": fid.compute().item(), "kid": mean.item(), "kid_std": deviation.item()}
+
+
+def relative_error(moments: Tensor) -> float:
+    """mean((z0' - z0)^2) / var(z0) from `_moments`; 0 for the dense model itself."""
+    count, total, squares, error = moments.tolist()
+    return error / (squares - total**2 / count)
+
+
+def _moments(z0: Tensor, dense: Tensor) -> Tensor:
+    """Count, sum and squares of the dense latents, and the squared error: float64 (4,)."""
+    z0, dense = z0.double(), dense.double()
+    count = torch.tensor(dense.numel(), dtype=torch.float64)
+    return torch.stack([count, dense.sum(), dense.square().sum(), (z0 - dense).square().sum()])
+
+
+def _unit(images: np.ndarray) -> Tensor:
+    """uint8 (n, height, width, 3) to float64 (n, 3, height, width) in [0, 1].
+
+    Float32 would cost SSIM five digits in flat areas, where it subtracts nearly equal squares.
+    """
+    return torch.from_numpy(images).permute(0, 3, 1, 2).double() / 255
+
+
+def _same_prompts(samples: Samples, index: np.ndarray) -> None:
+    if not np.array_equal(samples.index, index):
+        odd = sorted(set(samples.index.tolist()) ^ set(index.tolist()))[:5]
+        raise UserError(f"evaluate: prompts {odd} have no pictures, or pictures have no prompts")
+
+
+def _is_shapeworld(caption: str) -> bool:
+    try:
+        world.parse_caption(caption)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tiny import CALLS, tiny, tiny_sdxl
+
+from ecodiff.errors import UserError
+from ecodiff.generate import generate
+
+
+def prompts(first: int, count: int) -> pd.DataFrame:
+    index = list(range(first, first + count))
+    colours = ["red", "blue", "green", "white", "cyan"]
+    return pd.DataFrame(
+        {
+            "index": index,
+            "prompt": [f"a small {colours[i % 5]} ring on navy" for i in index],
+            "seed": [100 + i for i in index],
+            "image": None,
+        }
+    )
+
+
+def pixels(folder: Path, index: int) -> np.ndarray:
+    return np.asarray(Image.open(folder / f"{index:05d}.png")).astype(int)
+
+
+@pytest.mark.parametrize("family", ["sdxl", "flux"])
+def test_neither_the_batch_nor_the_shard_changes_a_picture(family: str, tmp_path: Path) -> None:
+    pipe, whole, part = tiny(family), tmp_path / "whole", tmp_path / "part"
+    generate(pipe, prompts(0, 5), CALLS[family], 3, whole)
+    generate(pipe, prompts(2, 2), CALLS[family], 1, part)
+    many, few = load_file(whole / "latents.safetensors"), load_file(part / "latents.safetensors")
+    assert many["index"].tolist() == [0, 1, 2, 3, 4]
+    assert few["index"].tolist() == [2, 3]
+    torch.testing.assert_close(few["z0"], many["z0"][2:4], rtol=0, atol=1e-4)
+    for index in (2, 3):
+        assert np.abs(pixels(whole, index) - pixels(part, index)).max() <= 1
+
+
+@pytest.mark.parametrize("family", ["sdxl", "flux"])
+def test_pictures_and_latents_are_the_pipelines_own(family: str, tmp_path: Path) -> None:
+    pipe, rows = tiny(family), prompts(0, 1)
+    generate(pipe, rows, CALLS[family], 1, tmp_path / "ours")
+    noise = torch.Generator("cpu").manual_seed(100)
+    theirs = pipe(rows["prompt"].tolist(), generator=noise, output_type="np", **CALLS[family])
+    expected = (theirs.images[0] * 255).round()
+    assert np.abs(pixels(tmp_path / "ours", 0) - expected).max() <= 1
+
+
+def test_the_same_words_from_another_seed_give_another_picture(tmp_path: Path) -> None:
+    rows = prompts(0, 2).assign(prompt="a small red ring on navy")
+    generate(tiny_sdxl(), rows, CALLS["sdxl"], 2, tmp_path / "out")
+    z0 = load_file(tmp_path / "out" / "latents.safetensors")["z0"]
+    assert (z0[0] - z0[1]).abs().mean() > 0.1
+
+
+def test_latents_that_are_not_finite_stop_the_job_and_leave_nothing(tmp_path: Path) -> None:
+    pipe = tiny_sdxl()
+    with torch.no_grad():
+        pipe.unet.conv_out.bias.fill_(torch.nan)
+    with pytest.raises(UserError, match=r"prompts \[0, 1\] are not finite"):
+        generate(pipe, prompts(0, 2), CALLS["sdxl"], 2, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
