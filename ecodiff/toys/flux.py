@@ -15,13 +15,11 @@ from torch.nn import functional as F
 from ecodiff.toys import text
 from ecodiff.toys.training import Recipe, fit, latent_batches
 
-RECIPE = Recipe(steps=5000, batch=64, lr=1e-3, warmup=200)
+RECIPE = Recipe(steps=3600, batch=48, lr=1e-3, warmup=150)
 HEADS, HEAD_DIM = 6, 16
 
 
-def build(
-    vae: AutoencoderKL, heads: int = HEADS, double: int = 3, single: int = 6
-) -> FluxPipeline:
+def build(vae: AutoencoderKL, heads: int = HEADS, double: int = 3, single: int = 6) -> FluxPipeline:
     """The untrained pipeline: joint attention over 16 text tokens and 64 latent patches."""
     clip, t5 = text.clip_tokenizer(), text.t5_tokenizer()
     transformer = FluxTransformer2DModel(

@@ -16,9 +16,10 @@ from torch.nn import functional as F
 from ecodiff.toys import text, world
 from ecodiff.toys.training import Recipe, fit, latent_batches
 
-RECIPE = Recipe(steps=3000, batch=64, lr=1e-3)
+RECIPE = Recipe(steps=2400, batch=48, lr=1e-3, warmup=150)
 UNCONDITIONAL = 0.1  # share of captions dropped, for classifier-free guidance
 WIDTHS = (40, 64, 128)
+HEAD_DIM = 16
 
 
 def build(vae: AutoencoderKL, widths: tuple[int, int, int] = WIDTHS) -> StableDiffusionXLPipeline:
@@ -34,7 +35,7 @@ def build(vae: AutoencoderKL, widths: tuple[int, int, int] = WIDTHS) -> StableDi
         block_out_channels=widths,
         layers_per_block=1,
         transformer_layers_per_block=(1, 1, 2),
-        attention_head_dim=tuple(width // 8 if i == 0 else width // 16 for i, width in enumerate(widths)),
+        attention_head_dim=tuple(width // HEAD_DIM for width in widths),  # heads, in fact
         norm_num_groups=8,
         cross_attention_dim=2 * text.WIDTH,
         use_linear_projection=True,

@@ -90,6 +90,8 @@ def fit(
         running = loss.item() if step == 0 else 0.98 * running + 0.02 * loss.item()
         if step % 50 == 0 or step == recipe.steps - 1:
             elapsed = time.monotonic() - start
-            print(f"{name} step {step}/{recipe.steps} loss {running:.5f} {elapsed:.0f}s", flush=True)
+            print(
+                f"{name} step {step}/{recipe.steps} loss {running:.5f} {elapsed:.0f}s", flush=True
+            )
     module.eval()
     return time.monotonic() - start

@@ -71,10 +71,12 @@ class Thing:
 
     @property
     def words(self) -> str:
+        """What a caption says of it."""
         return f"a {self.size} {self.colour} {self.shape}"
 
     @property
     def radius(self) -> float:
+        """Half the side of its bounding box, pixels."""
         return RADII[self.size]
 
 
@@ -88,6 +90,7 @@ class Scene:
 
     @property
     def caption(self) -> str:
+        """The sentence that a text-to-image model is given."""
         words = f" {self.relation} ".join(thing.words for thing in self.things)
         return f"{words} on {self.background}"
 

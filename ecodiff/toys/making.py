@@ -1,0 +1,154 @@
+"""Trains the shipped toys from nothing and writes each as a folder with a model card."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline
+
+from ecodiff.errors import UserError
+from ecodiff.toys import checker, clip, flux, sdxl, vae, world
+from ecodiff.toys.training import Recipe, to_tensor
+
+TOYS = ("toy-vae", "toy-sdxl", "toy-flux", "toy-clip")
+CALLS: dict[str, dict[str, int | float]] = {
+    "toy-sdxl": {"num_inference_steps": 8, "guidance_scale": 4.0, "height": 64, "width": 64},
+    "toy-flux": {"num_inference_steps": 8, "max_sequence_length": 16, "height": 64, "width": 64},
+}
+HELD_OUT = 256  # captions that a card's scores are measured on
+
+
+def make(name: str, out: Path, vae_folder: Path | None = None) -> None:
+    """Train one toy and write it to a folder.
+
+    Args:
+        name: one of `TOYS`.
+        out: the folder that is written, weights in fp16.
+        vae_folder: the trained toy-vae, which both pipelines are trained on.
+
+    Raises:
+        UserError: no such toy, or a pipeline without its autoencoder.
+    """
+    if name not in TOYS:
+        raise UserError(f"toy: {name!r} is not one of {', '.join(TOYS)}")
+    if name == "toy-vae":
+        model, seconds = vae.train()
+        model.to(torch.float16).save_pretrained(out)
+        scores = {"round trip, scene accuracy": round_trip(model.float())}
+        write_card(out, name, vae.RECIPE, seconds, scores)
+    elif name == "toy-clip":
+        model, seconds = clip.train()
+        clip.save(model, out)
+        pictures, captions = held_out()
+        scores = {
+            f"retrieval among {HELD_OUT}": clip.retrieval(model, to_tensor(pictures), captions)
+        }
+        write_card(out, name, clip.RECIPE, seconds, scores)
+    else:
+        if vae_folder is None:
+            raise UserError(f"toy: {name} is trained on toy-vae: give its folder")
+        module = sdxl if name == "toy-sdxl" else flux
+        pipe, seconds = module.train(AutoencoderKL.from_pretrained(vae_folder))
+        pipe.to(torch.float16).save_pretrained(out)
+        scores = {
+            f"scene accuracy, {CALLS[name]['num_inference_steps']} steps": accuracy(
+                pipe.to(torch.float32), CALLS[name]
+            ),
+            "round trip of the autoencoder": round_trip(pipe.vae),
+        }
+        write_card(out, name, module.RECIPE, seconds, scores)
+
+
+def held_out(count: int = HELD_OUT, seed: int = 0) -> tuple[list[np.ndarray], list[str]]:
+    """Pictures, uint8 (SIDE, SIDE, 3), and captions that no toy was trained on."""
+    rng = np.random.default_rng(seed)
+    scenes = [world.sample_scene(rng, "held-out") for _ in range(count)]
+    return [world.render(scene) for scene in scenes], [scene.caption for scene in scenes]
+
+
+def round_trip(model: AutoencoderKL) -> float:
+    """Scene accuracy of held-out pictures after encoding and decoding."""
+    pictures, captions = held_out()
+
+    def decoded(batch: list[np.ndarray]) -> torch.Tensor:
+        latents = model.encode(to_tensor(batch)).latent_dist.mode()
+        return model.decode(latents).sample
+
+    return checker.scene_accuracy(_in_batches(decoded, pictures), captions)
+
+
+def accuracy(pipe: DiffusionPipeline, call: dict[str, int | float]) -> float:
+    """Scene accuracy of a pipeline's pictures of held-out captions, seed = caption's index."""
+    _, captions = held_out()
+    return checker.scene_accuracy(draw(pipe, captions, call), captions)
+
+
+def draw(
+    pipe: DiffusionPipeline, captions: list[str], call: dict[str, int | float]
+) -> list[np.ndarray]:
+    """One picture a caption, uint8 (SIDE, SIDE, 3), each from its own seed."""
+    pipe.set_progress_bar_config(disable=True)
+    seeds = {caption: index for index, caption in enumerate(captions)}
+
+    def drawn(batch: list[str]) -> torch.Tensor:
+        generators = [torch.Generator().manual_seed(seeds[caption]) for caption in batch]
+        images = pipe(batch, generator=generators, output_type="pt", **call).images
+        return images * 2 - 1
+
+    return _in_batches(drawn, captions)
+
+
+def _in_batches(function: Callable[[list], torch.Tensor], items: list) -> list[np.ndarray]:
+    images: list[np.ndarray] = []
+    with torch.inference_mode():
+        for start in range(0, len(items), 64):
+            pixels = function(items[start : start + 64]).clamp(-1, 1).permute(0, 2, 3, 1)
+            images += list(((pixels + 1) * 127.5).round().byte().numpy())
+    return images
+
+
+def write_card(
+    folder: Path, name: str, recipe: Recipe, seconds: float, scores: dict[str, float]
+) -> None:
+    """Write the model card: command, seed, steps, hardware, time and scores."""
+    packages = ", ".join(f"{p} {version(p)}" for p in ("torch", "diffusers", "transformers"))
+    hardware = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{torch.get_num_threads()} CPU thread(s), {platform.machine()}"
+    )
+    lines = [
+        "---",
+        "license: mit",
+        "tags: [ecodiff, toy, shapeworld]",
+        "---",
+        f"# {name}",
+        "",
+        "Trained from nothing on ShapeWorld (see `ecodiff/toys/world.py`). Weights are fp16.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| command | `ecodiff toys train {name}` (all toys: `snakemake toys`) |",
+        *(f"| {key} | {value} |" for key, value in asdict(recipe).items()),
+        f"| hardware | {hardware} |",
+        f"| training time | {seconds / 60:.0f} minutes |",
+        f"| date | {date.today().isoformat()} |",
+        f"| versions | {packages} |",
+        *(
+            f"| {key}, {HELD_OUT} held-out captions | {value:.3f} |"
+            for key, value in scores.items()
+        ),
+        "",
+    ]
+    (folder / "README.md").write_text("\n".join(lines))
+    (folder / "training.json").write_text(
+        json.dumps({**asdict(recipe), "seconds": round(seconds), **scores}, indent=2) + "\n"
+    )
