@@ -73,6 +73,27 @@ def test_pruned_equals_masked(family, kind, keep):
     assert (z0(pipe, family) - masked).abs().max() <= 1e-4
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "transformer_blocks.0.attn.heads",
+        "transformer_blocks.0.ff.neurons",
+        "transformer_blocks.0.ff_context.neurons",
+        "transformer_blocks.0.norm1_context.modulation",
+        "single_transformer_blocks.0.attn.heads",
+        "single_transformer_blocks.0.neurons",
+        "single_transformer_blocks.1.norm.modulation",
+        "norm_out.modulation",
+    ],
+)
+def test_one_structure_without_units_among_whole_ones(name):
+    pipe = tiny("flux")
+    kept = {s.name: no_unit(s, 0) for s in discover(pipe) if s.name == name}
+    masked = masked_z0(pipe, "flux", kept)
+    ecodiff.prune(pipe, kept)
+    assert (z0(pipe, "flux") - masked).abs().max() <= 1e-4
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("keep", [random_units, no_unit], ids=lambda f: f.__name__)
 def test_pruned_equals_masked_with_all_kinds_at_once(family, keep):

@@ -36,18 +36,19 @@ def compensate(
         ridge: see `solve`.
 
     Raises:
-        UserError: `grams` lack a consumer or have another size than it.
+        UserError: `grams` lack a consumer.
     """
     for module, columns in consumer_columns(denoiser, structures, kept).items():
         linear = denoiser.get_submodule(module)
-        gram, total, count = _moments(grams, module, linear.in_features)
+        if module not in grams.gram:
+            raise UserError(f"grams: {module} is missing; gather them for all structures")
         columns = columns.to(linear.weight.device)
         weight, bias = solve(
             linear.weight.detach(),
             None if linear.bias is None else linear.bias.detach(),
-            gram.to(linear.weight.device),
-            total.to(linear.weight.device),
-            count,
+            grams.gram[module].to(linear.weight.device),
+            grams.total[module].to(linear.weight.device),
+            grams.count[module],
             columns,
             ridge,
         )
@@ -108,12 +109,3 @@ def _solve(normal: Tensor, right: Tensor) -> Tensor:
     if not failed:
         return torch.cholesky_solve(right, factor)
     return torch.linalg.pinv(normal, hermitian=True) @ right
-
-
-def _moments(grams: Grams, module: str, size: int) -> tuple[Tensor, Tensor, float]:
-    if module not in grams.gram:
-        raise UserError(f"grams: {module} is missing; gather them again for this model")
-    gram = grams.gram[module]
-    if gram.shape != (size, size):
-        raise UserError(f"grams: {module}: is {tuple(gram.shape)}, must be ({size}, {size})")
-    return gram, grams.total[module], grams.count[module]

@@ -48,6 +48,7 @@ def prune(
     structures = discover(denoiser)
     kept = _kept_units(structures, getattr(mask, "kept", mask))
     if grams is not None:
+        grams.check(pipe)
         compensate(denoiser, structures, kept, grams, ridge)
     narrow(denoiser, structures, kept)
     denoiser.__class__ = pruned_class(type(denoiser))
