@@ -22,11 +22,11 @@ from ecodiff.errors import UserError
 from ecodiff.settings import (
     CalibrateSettings,
     CallSettings,
-    Dtype,
     EfficiencySettings,
     EvaluateSettings,
     GenerateSettings,
     LearningRates,
+    LoadSettings,
     MaskCostSettings,
     MaskSettings,
     Method,
@@ -49,6 +49,7 @@ __all__ = [
     "EvaluateSettings",
     "GenerateSettings",
     "LearningRates",
+    "LoadSettings",
     "MaskCostSettings",
     "MaskSettings",
     "ModelSettings",
@@ -70,11 +71,7 @@ class ModelSettings(Settings):
 
     source: str
     """Hub id or folder of a diffusers pipeline."""
-    revision: str | None = None
-    """Commit, tag or branch on the hub."""
-    variant: str | None = None
-    """File variant, such as fp16."""
-    dtype: Dtype = "float32"
+    load: LoadSettings = LoadSettings()
     call: CallSettings
     resources: ResourceSettings = ResourceSettings()
     mask: MaskSettings = MaskSettings()
@@ -205,8 +202,10 @@ class Config(Settings):
 
     @model_validator(mode="after")
     def _names_exist(self) -> Config:
-        for section in ("calibrate", "evaluate"):
-            name = getattr(self, section).prompts
+        wanted = {"calibrate": self.calibrate.prompts, "evaluate": self.evaluate.prompts}
+        for kind in ("lora", "full"):
+            wanted[f"retrain.{kind}"] = getattr(self.retrain, kind).prompts or wanted["calibrate"]
+        for section, name in wanted.items():
             if name not in self.prompts:
                 raise ValueError(
                     f"{section}.prompts: no prompt set {name!r}; there are {list(self.prompts)}"

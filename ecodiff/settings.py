@@ -65,6 +65,18 @@ class CallSettings(Settings):
     """FLUX: tokens of the T5 encoder."""
 
 
+class LoadSettings(Settings):
+    """How a model is loaded."""
+
+    dtype: Dtype = "float32"
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:<n>."""
+    revision: str | None = None
+    """Commit, tag or branch on the hub."""
+    variant: str | None = None
+    """File variant on the hub, such as fp16."""
+
+
 class ResourceSettings(Settings):
     """What a job that holds the model asks of the scheduler."""
 
@@ -121,6 +133,8 @@ class RetrainSettings(Settings):
     """How a pruned model is retrained on what the dense model generates."""
 
     kind: RetrainKind = "lora"
+    prompts: Name | None = None
+    """The prompt set whose images it learns from; null: the calibration set."""
     rank: PositiveInt = 16
     """lora: rank of the updates, merged into the weights at the end."""
     lr: PositiveFloat = 1e-4

@@ -1,0 +1,5 @@
+"""`python -m ecodiff` is the command `ecodiff`."""
+
+from ecodiff.cli import main
+
+main()

@@ -1,0 +1,302 @@
+"""The command line: one thin verb a stage.
+
+Settings are YAML or JSON: a file, or the text itself. Torch is imported by the verbs that need it.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ecodiff import settings as sections
+from ecodiff.artifacts import atomic, write_json, write_manifest
+from ecodiff.config import read_settings
+from ecodiff.errors import UserError
+from ecodiff.prompts import make_prompts, read_prompts, write_prompts
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+app = typer.Typer(
+    help=f"{__doc__}\n\nprompts -> calibrate -> mask -> prune -> retrain -> generate -> evaluate"
+    " -> report",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+evaluate = typer.Typer(help="Judge pictures, speed and memory.", no_args_is_help=True)
+toys = typer.Typer(help="The toy pipelines that the demo runs on.", no_args_is_help=True)
+app.add_typer(evaluate, name="evaluate")
+app.add_typer(toys, name="toys")
+
+Model = Annotated[str, typer.Argument(help="Hub id or folder of a diffusers pipeline.")]
+Table = Annotated[Path, typer.Argument(help="Prompt table, as `ecodiff prompts` writes it.")]
+Record = Annotated[Path, typer.Argument(help="What `ecodiff calibrate` wrote.")]
+Out = Annotated[Path, typer.Argument(help="Where to write.")]
+Settings = Annotated[str | None, typer.Option(help="YAML file or text; defaults without.")]
+Call = Annotated[str, typer.Option(help="How to call the pipeline: YAML file or text.")]
+Batch = Annotated[int, typer.Option(min=1, help="Prompts that run together.")]
+Load = Annotated[str | None, typer.Option(help="dtype, device, revision, variant: YAML.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:<n>.")]
+
+
+def main() -> None:
+    """Runs the command; an error of the user's is one line and exit status 2."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for library in ("httpx", "fontTools", "matplotlib"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+    try:
+        app()
+    except UserError as error:
+        print(f"ecodiff: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+@app.command()
+def prompts(
+    out: Out,
+    settings: Annotated[str, typer.Option(help="A prompt set: YAML file or text.")],
+    pictures: Annotated[Path, typer.Option(help="Folder for pictures that are drawn.")],
+) -> None:
+    """Make a table of prompts, seeds and real images from a source."""
+    chosen = read_settings(sections.PromptSet, settings)
+    write_prompts(make_prompts(chosen, pictures), out)
+    write_manifest(out, "prompts", chosen.model_dump())
+
+
+@app.command()
+def calibrate(
+    model: Model,
+    table: Table,
+    out: Out,
+    call: Call,
+    batch_size: Batch = 8,
+    load: Load = None,
+) -> None:
+    """Record the dense model: embeddings, starting noise and final latents of each prompt."""
+    from ecodiff import calibrate as stage
+
+    rows, arguments = read_prompts(table), _call(call)
+    pipe = _load(model, load)
+    record = stage.calibrate(pipe, [*rows["prompt"]], [*rows["seed"]], arguments, batch_size)
+    record.save(out)
+    write_manifest(out, "calibrate", {"model": model, "prompts": str(table), "call": arguments})
+
+
+@app.command()
+def grams(
+    model: Model,
+    record: Record,
+    out: Out,
+    batch_size: Batch = 8,
+    load: Load = None,
+) -> None:
+    """Gather the activations' moments that compensation needs."""
+    from ecodiff.calibrate import Calibration, gather_grams
+    from ecodiff.structures import discover
+
+    calibration = Calibration.load(record)
+    pipe = _load(model, load)
+    gather_grams(pipe, discover(pipe), calibration, batch_size).save(out)
+    write_manifest(out, "calibrate", {"model": model, "calibration": str(record)})
+
+
+@app.command()
+def mask(
+    model: Model,
+    out: Out,
+    method: Annotated[str, typer.Option(help="ecodiff, magnitude or random.")],
+    percent: Annotated[int, typer.Option(min=0, max=100, help="Parameters to remove.")],
+    settings: Settings = None,
+    calibration: Annotated[Path | None, typer.Option(help="ecodiff: learn on this.")] = None,
+    scores: Annotated[Path | None, typer.Option(help="Rank this mask's scores again.")] = None,
+    history: Annotated[Path | None, typer.Option(help="Write the learning curve.")] = None,
+    load: Load = None,
+) -> None:
+    """Score the units of a model and select those that stay."""
+    from ecodiff import mask as stage
+    from ecodiff.calibrate import Calibration
+
+    chosen = read_settings(sections.MaskSettings, settings)
+    record = Calibration.load(calibration) if calibration else None
+    ranked = stage.Mask.load(scores) if scores else None
+    pipe = _load(model, load)
+    # What an interrupted job continues from; not an output, which retries would remove.
+    scratch = out.with_name("unfinished.safetensors")
+    found, curve = stage.make_mask(
+        pipe,
+        method,
+        percent / 100,
+        calibration=record,
+        settings=chosen,
+        scratch=scratch,
+        ranked=ranked,
+    )
+    found.save(out)
+    if history:
+        with atomic(history) as file:
+            curve.to_csv(file, index=False)
+    write_manifest(out, "mask", found.info)
+
+
+@app.command()
+def prune(
+    model: Model,
+    mask: Annotated[Path, typer.Argument(help="What `ecodiff mask` wrote.")],
+    out: Out,
+    grams: Annotated[Path | None, typer.Option(help="Compensate with these activations.")] = None,
+    settings: Settings = None,
+    load: Load = None,
+) -> None:
+    """Cut a mask's units out of a model and save the smaller model."""
+    from ecodiff import saving
+    from ecodiff.calibrate import Grams
+    from ecodiff.mask import Mask
+    from ecodiff.prune.cut import prune as cut
+
+    chosen = read_settings(sections.PruneSettings, settings)
+    wanted, moments = Mask.load(mask), Grams.load(grams) if grams else None
+    pipe = _load(model, load)
+    if moments is not None:
+        moments.check(pipe)
+    cut(pipe, wanted, moments, chosen.ridge)
+    saving.save(pipe, out)
+    details = {"model": model, "mask": str(mask), "compensation": bool(grams)}
+    write_manifest(out, "prune", {**details, **chosen.model_dump()})
+
+
+@app.command()
+def retrain(
+    model: Annotated[str, typer.Argument(help="Folder of a pruned model.")],
+    record: Record,
+    out: Out,
+    settings: Settings = None,
+    dense: Annotated[str | None, typer.Option(help="The dense model, for distillation.")] = None,
+    load: Load = None,
+) -> None:
+    """Retrain a pruned model on what the dense model generated."""
+    from ecodiff import retrain as stage
+    from ecodiff import saving
+    from ecodiff.calibrate import Calibration
+
+    chosen = read_settings(sections.RetrainSettings, settings)
+    data = Calibration.load(record)
+    pipe = _load(model, load)
+    curve = stage.retrain(pipe, data, chosen)
+    saving.save(pipe, out)
+    curve.to_csv(out / "history.csv", index=False)
+    write_manifest(out, "retrain", {"model": model, "data": str(record), **chosen.model_dump()})
+
+
+@app.command()
+def generate(
+    model: Model,
+    table: Table,
+    out: Out,
+    call: Call,
+    batch_size: Batch = 8,
+    shard: Annotated[int, typer.Option(min=0, help="Which part of the table.")] = 0,
+    shard_size: Annotated[int | None, typer.Option(min=1, help="Rows a part; all.")] = None,
+    load: Load = None,
+) -> None:
+    """Draw a picture for each prompt of a table."""
+    from ecodiff import generate as stage
+
+    rows, arguments = read_prompts(table), _call(call)
+    rows = stage.shard_of(rows, shard, shard_size or len(rows))
+    pipe = _load(model, load)
+    stage.generate(pipe, rows, arguments, batch_size, out)
+    write_manifest(out, "generate", {"model": model, "prompts": str(table), "call": arguments})
+
+
+@evaluate.command()
+def quality(
+    table: Table,
+    out: Out,
+    images: Annotated[list[Path], typer.Option(help="Shards of the variant; repeatable.")],
+    dense: Annotated[list[Path], typer.Option(help="Shards of the dense model; repeatable.")],
+    settings: Settings = None,
+    device: Device = "auto",
+) -> None:
+    """Compare pictures with real ones, with their prompts and with the dense model's."""
+    from ecodiff.devices import choose_device
+    from ecodiff.evaluate.quality import Judge
+    from ecodiff.evaluate.samples import Samples
+
+    chosen = read_settings(sections.EvaluateSettings, settings)
+    judge = Judge(read_prompts(table), Samples(dense), chosen, choose_device(device))
+    write_json(out, judge(Samples(images)))
+    write_manifest(out, "evaluate.quality", {"images": [*map(str, images)], **chosen.model_dump()})
+
+
+@evaluate.command()
+def efficiency(
+    table: Table,
+    out: Out,
+    variant: Annotated[list[str], typer.Option(help="name=model, the dense one first.")],
+    call: Call,
+    settings: Settings = None,
+    load: Load = None,
+) -> None:
+    """Measure parameters, work, speed and memory of several variants in one run."""
+    from ecodiff.evaluate.efficiency import efficiency as measure
+    from ecodiff.pipelines import denoiser_of
+
+    chosen, arguments = read_settings(sections.EfficiencySettings, settings), _call(call)
+    rows = read_prompts(table).iloc[: chosen.batch_size]
+    (name, model), *others = (one.partition("=")[::2] for one in variant)
+    pipe = _load(model, load)
+    denoisers = {name: denoiser_of(pipe)}
+    denoisers |= {other: denoiser_of(_load(path, load, device="cpu")) for other, path in others}
+    found = measure(pipe, denoisers, [*rows["prompt"]], [*rows["seed"]], arguments, chosen)
+    write_json(out, found)
+    write_manifest(out, "evaluate.efficiency", {"variants": variant, **chosen.model_dump()})
+
+
+@evaluate.command()
+def mask_cost(
+    model: Model,
+    table: Table,
+    out: Out,
+    call: Call,
+    settings: Settings = None,
+    load: Load = None,
+) -> None:
+    """Measure time and memory of a learning iteration against the number of steps."""
+    from ecodiff.evaluate.mask_cost import mask_cost as measure
+
+    chosen, arguments = read_settings(sections.MaskCostSettings, settings), _call(call)
+    rows = read_prompts(table).iloc[: chosen.batch]
+    pipe = _load(model, load)
+    found = measure(pipe, [*rows["prompt"]], [*rows["seed"]], arguments, chosen)
+    with atomic(out) as file:
+        found.to_csv(file, index=False)
+    write_manifest(out, "evaluate.mask_cost", {"model": model, **chosen.model_dump()})
+
+
+@toys.command()
+def train(
+    name: Annotated[str, typer.Argument(help="toy-vae, toy-sdxl, toy-flux or toy-clip.")],
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    vae: Annotated[Path | None, typer.Option(help="Pipelines: the trained toy-vae.")] = None,
+) -> None:
+    """Train one toy from nothing."""
+    from ecodiff.toys.making import make
+
+    make(name, out, vae)
+
+
+def _call(text: str) -> dict[str, Any]:
+    return read_settings(sections.CallSettings, text).model_dump(exclude_none=True)
+
+
+def _load(source: str, load: str | None, **changes: str) -> DiffusionPipeline:
+    from ecodiff.devices import choose_device
+    from ecodiff.pipelines import load_pipeline
+
+    chosen = read_settings(sections.LoadSettings, load).model_dump() | changes
+    return load_pipeline(source, **{**chosen, "device": choose_device(chosen["device"])})

@@ -1,0 +1,49 @@
+"""Which device a job runs on: on a machine with several GPUs, each job its own."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import tempfile
+import time
+from pathlib import Path
+from typing import TextIO
+
+import torch
+
+log = logging.getLogger(__name__)
+_leases: list[TextIO] = []  # a lease lasts as long as its process
+
+
+def choose_device(wanted: str = "auto") -> str:
+    """A torch device; `auto` is a GPU that no other job of ours holds, or the CPU without any.
+
+    Snakemake only counts GPUs and a SLURM job sees only its own, so the choice between the
+    visible ones is made here, by a lock on a file. Waits until one is free.
+    """
+    if wanted != "auto":
+        return wanted
+    if not torch.cuda.is_available():
+        return "cpu"
+    waiting = False
+    while True:
+        for index in range(torch.cuda.device_count()):
+            if _lease(str(torch.cuda.get_device_properties(index).uuid)):
+                return f"cuda:{index}"
+        if not waiting:
+            log.info("waiting for a free GPU")
+            waiting = True
+        time.sleep(2)
+
+
+def _lease(name: str, folder: Path | None = None) -> bool:
+    """Whether this process now holds the lock of a name."""
+    path = (folder or Path(tempfile.gettempdir())) / f"ecodiff-{name}.lock"
+    file = path.open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return False
+    _leases.append(file)
+    return True

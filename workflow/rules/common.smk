@@ -1,0 +1,174 @@
+import json
+import re
+import sys
+from pathlib import Path
+
+from ecodiff.artifacts import code_hash, write_text
+from ecodiff.config import Variant, load_config
+from ecodiff.errors import UserError
+
+try:
+    run = load_config(config)
+except UserError as error:
+    # A WorkflowError would print where it came from too; this line says all that a user needs.
+    print(f"config: {error}", file=sys.stderr)
+    sys.exit(1)
+
+# From here on every key is there, so that `lookup` finds the defaults too.
+config = run.model_dump(mode="json")
+
+RESULTS = f"results/{run.run}"
+VARIANTS = [(model, variant) for model in run.models for variant in run.variants_of(model)]
+PRUNED = [(model, variant) for model, variant in VARIANTS if not variant.is_dense]
+TOYS = ("toy-vae", "toy-sdxl", "toy-flux", "toy-clip")
+
+
+pathvars:
+    results=RESULTS,
+    logs=f"{RESULTS}/logs",
+    benchmarks=f"{RESULTS}/benchmarks",
+
+
+def one_of(names):
+    """A wildcard's constraint to known values; to none when there are no values."""
+    return "|".join(sorted({re.escape(str(name)) for name in names})) or r"\b\B"
+
+
+wildcard_constraints:
+    model=one_of(run.models),
+    variant=one_of(variant.name for _, variant in VARIANTS),
+    set=one_of(run.prompts),
+    percent=one_of(variant.percent for _, variant in PRUNED),
+    shard=r"\d+",
+
+
+# The command comes from the active environment, or else from the one that Snakemake runs in.
+shell.prefix(f"set -euo pipefail; export PATH=$PATH:{Path(sys.executable).parent}; ")
+
+
+def settings(dpath):
+    """A narrow part of the config as JSON, which the command line reads."""
+    part = lookup(dpath=dpath, within=config)
+    if callable(part):
+        return lambda wildcards: json.dumps(part(wildcards))
+    return json.dumps(part)
+
+
+def quality_settings():
+    """What the judgement of pictures depends on, as JSON."""
+    return run.evaluate.model_dump_json(
+        include={"features", "clip_model", "clip_pretrained", "batch_size"}
+    )
+
+
+def each(flag, name):
+    """A flag before each file of a named input."""
+    return lambda wildcards, input: [f"{flag} {path}" for path in input.get(name)]
+
+
+def resource(name):
+    """What a job that holds a model asks for, from that model's section."""
+    return lookup(dpath=f"models/{{model}}/resources/{name}", within=config)
+
+
+def all_cores():
+    """A measurement takes the whole machine; on a cluster, the profile asks for a whole node."""
+    return workflow.cores or 1
+
+
+def source(model, variant):
+    """The folder or hub id of a variant's model."""
+    return run.models[model].source if variant == "dense" else f"{RESULTS}/{model}/{variant}/model"
+
+
+def source_of(wildcards):
+    """The folder or hub id of the model in the wildcards."""
+    return source(wildcards.model, wildcards.variant)
+
+
+def dense_files(wildcards):
+    """The files of a dense model that lies in a folder; none for a model on the hub."""
+    folder = Path(run.models[wildcards.model].source)
+    if not folder.exists() and len(folder.parts) == 2:
+        return []
+    files = [*folder.rglob("*.json"), *folder.rglob("*.safetensors")]
+    return sorted(map(str, files)) or [str(folder / "model_index.json")]
+
+
+def model_files(wildcards):
+    """What the model in the wildcards is read from."""
+    return dense_files(wildcards) if wildcards.variant == "dense" else source_of(wildcards)
+
+
+def clip_files():
+    """The files of the CLIP model, when it lies in a folder."""
+    _, local, folder = run.evaluate.clip_model.partition("local-dir:")
+    return sorted(map(str, Path(folder).glob("*"))) or [folder] if local else []
+
+
+def calibration(wildcards):
+    """What masks are learned on."""
+    return f"{RESULTS}/{wildcards.model}/{run.calibrate.prompts}.safetensors"
+
+
+def ranked_scores(wildcards):
+    """The mask whose learned scores are ranked again, when they don't depend on the sparsity.
+
+    It is the one that the config names first.
+    """
+    learned = [v for v in run.variants_of(wildcards.model) if v.method == "ecodiff"]
+    objective = run.models[wildcards.model].mask.objective
+    if objective == "budget" or str(learned[0].percent) == wildcards.percent:
+        return []
+    return f"{RESULTS}/{wildcards.model}/masks/{learned[0].mask}/mask.safetensors"
+
+
+def mask_of(wildcards):
+    """The mask of a variant."""
+    mask = Variant.parse(wildcards.variant).mask
+    return f"{RESULTS}/{wildcards.model}/masks/{mask}/mask.safetensors"
+
+
+def grams_of(wildcards):
+    """The activations that a compensated variant needs."""
+    compensated = Variant.parse(wildcards.variant).compensation
+    return f"{RESULTS}/{wildcards.model}/grams.safetensors" if compensated else []
+
+
+def pruned_of(wildcards):
+    """The pruned model that a variant's retraining starts from."""
+    return source(wildcards.model, Variant.parse(wildcards.variant).pruned.name)
+
+
+def retraining_of(wildcards):
+    """The settings that a variant is retrained by."""
+    section = run.models[wildcards.model].retrain
+    return getattr(section, Variant.parse(wildcards.variant).retrain)
+
+
+def retraining_data(wildcards):
+    """What the dense model made of the prompts that a variant is retrained on."""
+    prompts = retraining_of(wildcards).prompts or run.calibrate.prompts
+    return f"{RESULTS}/{wildcards.model}/{prompts}.safetensors"
+
+
+def shards(variant="{variant}"):
+    """The image shards of a variant."""
+    count = -(-run.prompts[run.evaluate.prompts].count // run.generate.shard_size)
+    return [f"<results>/{{model}}/{variant}/images/{shard}" for shard in range(count)]
+
+
+def folders_of(wildcards):
+    """The folders of all pruned variants of a model."""
+    return [source(model, v.name) for model, v in PRUNED if model == wildcards.model]
+
+
+def names_and_sources(wildcards):
+    """All variants of a model with where they lie, as flags."""
+    variants = run.variants_of(wildcards.model)
+    return [f"--variant {v.name}={source(wildcards.model, v.name)}" for v in variants]
+
+
+def toy_vae(wildcards):
+    """The autoencoder that both toy pipelines are trained on."""
+    return "results/toys/toy-vae" if wildcards.toy in ("toy-sdxl", "toy-flux") else []

@@ -1,0 +1,66 @@
+# Learned masks. Under a budget each sparsity is learned for itself; under a penalty the
+# first one's scores are ranked again for the others.
+rule mask:
+    input:
+        model=dense_files,
+        calibration=calibration,
+        scores=ranked_scores,
+    output:
+        mask="<results>/{model}/masks/ecodiff-{percent}/mask.safetensors",
+        history="<results>/{model}/masks/ecodiff-{percent}/history.csv",
+    log:
+        "<logs>/{model}/mask/ecodiff-{percent}.log",
+    benchmark:
+        "<benchmarks>/{model}/mask/ecodiff-{percent}.tsv"
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        gpu=resource("gpu"),
+        mem_mb=resource("mem_mb"),
+        runtime=resource("runtime"),
+    params:
+        source=lookup(dpath="models/{model}/source", within=config),
+        load=settings("models/{model}/load"),
+        settings=settings("models/{model}/mask"),
+        scores=lambda wildcards, input: f"--scores {input.scores}" if input.scores else "",
+        code=code_hash("mask"),
+    shell:
+        "ecodiff mask {params.source} {output.mask} --load {params.load:q}"
+        " --method ecodiff --percent {wildcards.percent} --settings {params.settings:q}"
+        " --calibration {input.calibration} --history {output.history} {params.scores}"
+        " > {log} 2>&1"
+
+
+# Baselines score units from the weights alone.
+rule baseline:
+    input:
+        model=dense_files,
+    output:
+        "<results>/{model}/masks/{method}-{percent}/mask.safetensors",
+    log:
+        "<logs>/{model}/mask/{method}-{percent}.log",
+    benchmark:
+        "<benchmarks>/{model}/mask/{method}-{percent}.tsv"
+    wildcard_constraints:
+        method="magnitude|random",
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        gpu=resource("gpu"),
+        mem_mb=resource("mem_mb"),
+        runtime=resource("runtime"),
+    params:
+        source=lookup(dpath="models/{model}/source", within=config),
+        load=settings("models/{model}/load"),
+        settings=settings("models/{model}/mask"),
+        code=code_hash("mask"),
+    shell:
+        "ecodiff mask {params.source} {output} --load {params.load:q} --method {wildcards.method}"
+        " --percent {wildcards.percent} --settings {params.settings:q} > {log} 2>&1"
+
+
+rule masks:
+    input:
+        [f"<results>/{model}/masks/{variant.mask}/mask.safetensors" for model, variant in PRUNED],

@@ -1,0 +1,34 @@
+rule prune:
+    input:
+        model=dense_files,
+        mask=mask_of,
+        grams=grams_of,
+    output:
+        directory("<results>/{model}/{variant}/model"),
+    log:
+        "<logs>/{model}/prune/{variant}.log",
+    benchmark:
+        "<benchmarks>/{model}/prune/{variant}.tsv"
+    wildcard_constraints:
+        variant=one_of(v.pruned.name for _, v in PRUNED),
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        gpu=resource("gpu"),
+        mem_mb=resource("mem_mb"),
+        runtime=resource("runtime"),
+    params:
+        source=lookup(dpath="models/{model}/source", within=config),
+        load=settings("models/{model}/load"),
+        grams=lambda wildcards, input: f"--grams {input.grams}" if input.grams else "",
+        settings=settings("prune"),
+        code=code_hash("prune"),
+    shell:
+        "ecodiff prune {params.source} {input.mask} {output} --load {params.load:q} {params.grams}"
+        " --settings {params.settings:q} > {log} 2>&1"
+
+
+rule pruned:
+    input:
+        [f"<results>/{model}/{variant.name}/model" for model, variant in PRUNED],
