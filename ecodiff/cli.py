@@ -179,14 +179,15 @@ def retrain(
     load: Load = None,
 ) -> None:
     """Retrain a pruned model on what the dense model generated."""
-    from ecodiff import retrain as stage
     from ecodiff import saving
     from ecodiff.calibrate import Calibration
+    from ecodiff.pipelines import denoiser_of
+    from ecodiff.retrain import retrain as train
 
     chosen = read_settings(sections.RetrainSettings, settings)
-    data = Calibration.load(record)
-    pipe = _load(model, load)
-    curve = stage.retrain(pipe, data, chosen)
+    data, pipe = Calibration.load(record), _load(model, load)
+    teacher = denoiser_of(_load(dense, load)) if dense and chosen.distillation else None
+    curve = train(pipe, data, chosen, teacher)
     saving.save(pipe, out)
     curve.to_csv(out / "history.csv", index=False)
     write_manifest(out, "retrain", {"model": model, "data": str(record), **chosen.model_dump()})

@@ -1,7 +1,7 @@
 """The typed configuration: everything a run depends on, checked before anything starts.
 
 `config/config.yaml` explains each key by example; `workflow/schemas/config.schema.json`
-is made from this module with `python -m ecodiff.config`. Imports no torch.
+is what `python -m ecodiff.config` prints. Imports no torch.
 """
 
 from __future__ import annotations
@@ -308,4 +308,4 @@ def schema() -> str:
 
 
 if __name__ == "__main__":
-    Path("workflow/schemas/config.schema.json").write_text(schema())
+    print(schema(), end="")

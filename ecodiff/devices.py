@@ -6,6 +6,7 @@ import fcntl
 import logging
 import tempfile
 import time
+from functools import cache
 from pathlib import Path
 from typing import TextIO
 
@@ -15,11 +16,12 @@ log = logging.getLogger(__name__)
 _leases: list[TextIO] = []  # a lease lasts as long as its process
 
 
+@cache
 def choose_device(wanted: str = "auto") -> str:
     """A torch device; `auto` is a GPU that no other job of ours holds, or the CPU without any.
 
     Snakemake only counts GPUs and a SLURM job sees only its own, so the choice between the
-    visible ones is made here, by a lock on a file. Waits until one is free.
+    visible ones is made here, by a lock on a file, once a process. Waits until one is free.
     """
     if wanted != "auto":
         return wanted

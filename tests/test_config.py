@@ -38,7 +38,7 @@ def test_shipped_configs_are_valid(name):
 
 def test_schema_file_is_in_sync():
     written = (ROOT / "workflow/schemas/config.schema.json").read_text()
-    assert written == module.schema(), "run: python -m ecodiff.config"
+    assert written == module.schema(), "run: make schema"
 
 
 def test_dense_comes_first_and_sparsities_are_rounded_to_percents():
