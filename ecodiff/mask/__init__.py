@@ -1,0 +1,204 @@
+"""Masks: which units of a denoiser stay, by any method that gives each unit a score."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import pandas as pd
+import torch
+from diffusers import DiffusionPipeline
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ecodiff.artifacts import atomic
+from ecodiff.calibrate import Calibration, calibrate
+from ecodiff.errors import UserError
+from ecodiff.mask import learn, scores
+from ecodiff.mask.select import check_scores, removed_share, select
+from ecodiff.pipelines import denoiser_of
+from ecodiff.settings import MaskSettings
+from ecodiff.structures import Structure, count_parameters, discover
+
+__all__ = ["METHODS", "Mask", "learn_mask", "make_mask", "score", "select"]
+
+Scores = dict[str, Tensor]
+
+
+@dataclass
+class Mask:
+    """Scores, the units that stay, and where both come from.
+
+    Attributes:
+        scores: structure name -> fp32 (units,), higher is more important.
+        kept: structure name -> bool (units,), true for units that stay.
+        info: model, method, target, exact sparsity, settings; anything that JSON can hold.
+    """
+
+    scores: dict[str, Tensor]
+    kept: dict[str, Tensor]
+    info: dict[str, Any] = field(default_factory=dict)
+
+    def check(self, structures: Sequence[Structure]) -> None:
+        """Raise `UserError` unless names and sizes are those of a model's structures."""
+        check_scores(structures, self.scores)
+        check_scores(structures, {name: value.float() for name, value in self.kept.items()})
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file, whole or not at all."""
+        tensors = {f"scores/{name}": v.float().contiguous() for name, v in self.scores.items()}
+        tensors |= {f"kept/{name}": value.contiguous() for name, value in self.kept.items()}
+        with atomic(path) as scratch:
+            save_file(tensors, scratch, metadata={"ecodiff": json.dumps(self.info, default=str)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what `save` wrote. Raises `UserError` when the file is missing or not one."""
+        parts: dict[str, dict[str, Tensor]] = {"scores": {}, "kept": {}}
+        try:
+            with safe_open(path, framework="pt") as file:
+                info = json.loads(file.metadata()["ecodiff"])
+                for key in file.keys():  # noqa: SIM118
+                    part, _, name = key.partition("/")
+                    parts[part][name] = file.get_tensor(key)
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path}: missing, truncated or not a mask of ecodiff") from error
+        return cls(**parts, info=info)
+
+
+def score(
+    pipe: DiffusionPipeline,
+    method: str,
+    *,
+    seed: int = 0,
+    calibration: Calibration | None = None,
+    settings: MaskSettings | None = None,
+    sparsity: float | None = None,
+) -> Scores:
+    """Score every unit with a method of `METHODS`; `ecodiff` needs a calibration.
+
+    Args:
+        seed: of `random`.
+        calibration: `ecodiff`: what `calibrate` recorded of this model.
+        settings: `ecodiff`: how to learn; its own seed counts.
+        sparsity: `ecodiff` with the objective `budget`: what to aim at.
+
+    Returns:
+        Structure name -> fp32 (units,), higher is more important.
+
+    Raises:
+        UserError: an unknown method, or something that the method needs is missing.
+    """
+    request = _Request(seed, settings or MaskSettings(), calibration, sparsity)
+    return _scored(pipe, method, request)[0]
+
+
+def make_mask(
+    pipe: DiffusionPipeline,
+    method: str,
+    sparsity: float,
+    *,
+    calibration: Calibration | None = None,
+    settings: MaskSettings | None = None,
+    scratch: Path | None = None,
+) -> tuple[Mask, pd.DataFrame]:
+    """Score with a method, then select: the mask and the history (no rows for baselines).
+
+    `settings` also says how to select (`scope`, `min_units`) and seeds `random`. `scratch` holds
+    the state of unfinished learning, see `learn.learn_mask`. Raises what `score` and `select` do.
+    """
+    settings = settings or MaskSettings()
+    denoiser = denoiser_of(pipe)
+    structures, total = discover(denoiser), count_parameters(denoiser)
+    # Fails before hours of learning, not after, when the sparsity cannot be reached.
+    nothing = {s.name: torch.zeros(s.units) for s in structures}
+    select(structures, nothing, sparsity, total, settings.scope, settings.min_units)
+    request = _Request(settings.seed, settings, calibration, sparsity, scratch)
+    found, history = _scored(pipe, method, request)
+    kept = select(structures, found, sparsity, total, settings.scope, settings.min_units)
+    info = {
+        "model": denoiser.config.get("_name_or_path") or type(pipe).__name__,
+        "method": method,
+        "target": sparsity,
+        "sparsity": removed_share(structures, kept, total),
+        "parameters": total,
+        "settings": settings.model_dump(),
+    }
+    if calibration is not None:
+        info |= {"seeds": calibration.seeds, "fingerprint": calibration.fingerprint}
+    return Mask(found, kept, info), history
+
+
+def learn_mask(
+    pipe: DiffusionPipeline,
+    prompts: Sequence[str],
+    sparsity: float = 0.2,
+    *,
+    seeds: Sequence[int] | None = None,
+    call: dict[str, Any] | None = None,
+    settings: MaskSettings | None = None,
+) -> Mask:
+    """Calibrate on prompts, learn (EcoDiff) and select, in one go.
+
+    Args:
+        pipe: the dense pipeline.
+        prompts: calibration captions; a hundred do.
+        sparsity: share of the denoiser's parameters to remove.
+        seeds: of the starting noise, a different one a prompt; 0, 1, 2, ... by default.
+        call: how to call the pipeline; its own defaults otherwise.
+        settings: how to learn.
+    """
+    settings = settings or MaskSettings()
+    seeds = list(range(len(prompts))) if seeds is None else list(seeds)
+    calibration = calibrate(pipe, list(prompts), seeds, call or {}, settings.batch)
+    return make_mask(pipe, "ecodiff", sparsity, calibration=calibration, settings=settings)[0]
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What a method may need; see `score` and `make_mask`."""
+
+    seed: int
+    settings: MaskSettings
+    calibration: Calibration | None = None
+    sparsity: float | None = None
+    scratch: Path | None = None
+
+
+def _learned(pipe: DiffusionPipeline, request: _Request) -> tuple[Scores, pd.DataFrame]:
+    if request.calibration is None:
+        raise UserError("method ecodiff: needs a calibration of this model")
+    if request.settings.objective == "budget" and request.sparsity is None:
+        raise UserError("method ecodiff: the objective budget needs a sparsity to aim at")
+    target = request.sparsity or 0.0
+    return learn.learn_mask(pipe, request.calibration, request.settings, target, request.scratch)
+
+
+def _magnitude(pipe: DiffusionPipeline, request: _Request) -> tuple[Scores, pd.DataFrame]:
+    return scores.magnitude(denoiser_of(pipe), discover(pipe)), _no_history()
+
+
+def _random(pipe: DiffusionPipeline, request: _Request) -> tuple[Scores, pd.DataFrame]:
+    return scores.random(discover(pipe), request.seed), _no_history()
+
+
+def _no_history() -> pd.DataFrame:
+    return pd.DataFrame(columns=list(learn.COLUMNS))
+
+
+# A method is anything that gives each unit a score; all that comes after is shared.
+METHODS: dict[str, Callable[[DiffusionPipeline, _Request], tuple[Scores, pd.DataFrame]]] = {
+    "ecodiff": _learned,
+    "magnitude": _magnitude,
+    "random": _random,
+}
+
+
+def _scored(pipe: DiffusionPipeline, method: str, request: _Request) -> tuple[Scores, pd.DataFrame]:
+    if method not in METHODS:
+        raise UserError(f"method: {method!r} is not one of {', '.join(METHODS)}")
+    return METHODS[method](pipe, request)

@@ -1,0 +1,105 @@
+"""What mask learning minimises: distance to the dense model's z0, and a pull towards sparsity.
+
+A pull is a fixed price of a parameter (`Penalty`) or a target with multipliers (`Budget`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ecodiff.gates import STRETCH, TEMPERATURE, Gates
+
+
+def distortion(z0: Tensor, dense: Tensor, variance: Tensor | float) -> Tensor:
+    """mean((z0' - z0)^2) / var(z0), an fp32 scalar (EcoDiff, "end-to-end objective").
+
+    Args:
+        z0: final latents of the gated model, any float dtype.
+        dense: those of the dense model, same shape.
+        variance: of z0 over the whole calibration set, so that batches weigh the same.
+    """
+    return (z0.float() - dense.float()).square().mean() / variance
+
+
+def expected_sparsity(gates: Gates, total_parameters: int) -> Tensor:
+    """The gates' exact expected sparsity, with a gradient that a noise floor cannot switch off.
+
+    With a floor, gates far from zero are open (or closed) for certain: the exact probability is
+    flat there, and where learning starts it is flat for all, so no objective could ever begin.
+    The value stays exact; the gradient is that of the probability before it is clipped.
+    """
+    exact = gates.expected_sparsity(total_parameters)
+    if gates.floor == 0:
+        return exact
+    low, high = STRETCH
+    threshold = TEMPERATURE * math.log(-low / high)
+    unclipped = [
+        torch.sigmoid(threshold - gates.logits[s.name]).sum()
+        * ((1 + 2 * gates.floor) * s.unit_parameters / total_parameters)
+        for s in gates.structures
+    ]
+    slope = torch.stack(unclipped).sum()
+    return exact.detach() + slope - slope.detach()
+
+
+class Objective(Protocol):
+    """The pull towards sparsity, beside the distortion."""
+
+    def target(self, progress: float) -> float:
+        """The sparsity asked for at `progress` in 0..1 of the iterations; NaN if none is."""
+
+    def regulariser(self, sparsity: Tensor, progress: float) -> Tensor:
+        """The term that is added to the distortion; scalar."""
+
+    def ascend(self, sparsity: float, progress: float) -> None:
+        """Update whatever the objective itself learns."""
+
+
+@dataclass
+class Penalty:
+    """beta * the expected share of all parameters that maskable units keep (EcoDiff, "penalty")."""
+
+    beta: float
+    maskable: float
+
+    def target(self, progress: float) -> float:
+        """No sparsity is asked for."""
+        return math.nan
+
+    def regulariser(self, sparsity: Tensor, progress: float) -> Tensor:
+        """beta * sum of w * P(gate > 0), w a unit's share of the parameters."""
+        return self.beta * (self.maskable - sparsity)
+
+    def ascend(self, sparsity: float, progress: float) -> None:
+        """Nothing is learned."""
+
+
+@dataclass
+class Budget:
+    """l1 (s* - s) + l2 (s* - s)^2 with s* rising over the first iterations, l1 and l2 by ascent."""
+
+    sparsity: float
+    warmup: float
+    lr: float
+    linear: float = 0.0
+    quadratic: float = 0.0
+
+    def target(self, progress: float) -> float:
+        """The target s*, which rises linearly over the share `warmup` of the iterations."""
+        return self.sparsity * min(1.0, progress / self.warmup if self.warmup else 1.0)
+
+    def regulariser(self, sparsity: Tensor, progress: float) -> Tensor:
+        """The Lagrangian terms; positive multipliers pull s up to s*."""
+        gap = self.target(progress) - sparsity
+        return self.linear * gap + self.quadratic * gap.square()
+
+    def ascend(self, sparsity: float, progress: float) -> None:
+        """One step of gradient ascent on both multipliers."""
+        gap = self.target(progress) - sparsity
+        self.linear += self.lr * gap
+        self.quadratic += self.lr * gap**2

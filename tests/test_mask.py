@@ -1,0 +1,101 @@
+"""Masks as files and as the public verbs make them."""
+
+import pytest
+import torch
+from tiny import CALLS, tiny
+
+from ecodiff import mask as masks
+from ecodiff.errors import UserError
+from ecodiff.mask import Mask, learn_mask, make_mask, score
+from ecodiff.settings import MaskSettings
+from ecodiff.structures import count_parameters, discover
+
+QUICK = MaskSettings(iterations=1, batch=2)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny("flux")
+
+
+def removed(pipe, mask):
+    """Sparsity counted from the kept units alone."""
+    gone = sum(int((~mask.kept[s.name]).sum()) * s.unit_parameters for s in discover(pipe))
+    return gone / count_parameters(pipe.transformer)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "random"])
+def test_a_mask_records_its_exact_sparsity(pipe, method):
+    """Fault 20: density logged as sparsity."""
+    mask, history = make_mask(pipe, method, 0.2)
+    assert mask.info["sparsity"] == pytest.approx(removed(pipe, mask))
+    assert 0.2 <= mask.info["sparsity"] < 0.21
+    assert (mask.info["method"], mask.info["target"]) == (method, 0.2)
+    assert history.empty
+
+
+def test_a_saved_mask_comes_back_whole(pipe, tmp_path):
+    mask, _ = make_mask(pipe, "random", 0.2)
+    mask.save(tmp_path / "mask.safetensors")
+    loaded = Mask.load(tmp_path / "mask.safetensors")
+    assert loaded.info == mask.info
+    for name, value in mask.scores.items():
+        assert torch.equal(loaded.scores[name], value)
+        assert torch.equal(loaded.kept[name], mask.kept[name])
+        assert loaded.kept[name].dtype == torch.bool
+    loaded.check(discover(pipe))
+
+
+def test_a_mask_of_another_model_is_refused(pipe):
+    mask, _ = make_mask(pipe, "random", 0.2)
+    with pytest.raises(UserError, match="another model"):
+        mask.check(discover(tiny("sdxl")))
+
+
+@pytest.mark.parametrize("content", [None, b"", b"a pickle, perhaps"])
+def test_a_broken_file_is_named(tmp_path, content):
+    path = tmp_path / "mask.safetensors"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=r"mask\.safetensors"):
+        Mask.load(path)
+
+
+def test_the_whole_verb_calibrates_learns_and_selects(pipe, monkeypatch):
+    mask = learn_mask(
+        pipe, ["a red circle", "a blue square"], 0.1, call=CALLS["flux"], settings=QUICK
+    )
+    assert 0.1 <= mask.info["sparsity"] == pytest.approx(removed(pipe, mask))
+    assert mask.info["seeds"] == [0, 1]
+
+
+def test_the_random_seed_reaches_the_scores(pipe):
+    first, second = (score(pipe, "random", seed=seed) for seed in (0, 1))
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_method_of_ones_own_needs_nothing_but_scores(pipe, monkeypatch):
+    def first_go(pipe, request):
+        return {s.name: torch.arange(s.units).float() for s in discover(pipe)}, None
+
+    monkeypatch.setitem(masks.METHODS, "first-go", first_go)
+    mask, _ = make_mask(pipe, "first-go", 0.01)
+    assert all(kept.tolist() == sorted(kept.tolist()) for kept in mask.kept.values())
+
+
+def test_an_unknown_method_lists_the_known_ones(pipe):
+    with pytest.raises(UserError, match="ecodiff, magnitude, random"):
+        score(pipe, "taylor")
+
+
+def test_learning_needs_a_calibration_and_a_target(pipe):
+    with pytest.raises(UserError, match="calibration"):
+        score(pipe, "ecodiff")
+    with pytest.raises(UserError, match="sparsity"):
+        score(pipe, "ecodiff", calibration=object())
+
+
+def test_an_unreachable_sparsity_fails_before_any_learning(pipe, monkeypatch):
+    monkeypatch.setitem(masks.METHODS, "ecodiff", lambda *_: pytest.fail("learned"))
+    with pytest.raises(UserError, match="the range is"):
+        make_mask(pipe, "ecodiff", 0.999)

@@ -1,0 +1,205 @@
+"""Mask learning: exact gradients, fair means, reproducible, and never silently broken."""
+
+import json
+import logging
+
+import pytest
+import torch
+from safetensors import safe_open
+from tiny import CALLS, tiny
+
+from ecodiff.calibrate import calibrate
+from ecodiff.errors import UserError
+from ecodiff.mask import learn
+from ecodiff.mask.learn import COLUMNS, learn_mask
+from ecodiff.pipelines import denoiser_of
+from ecodiff.settings import LearningRates, MaskSettings
+from ecodiff.structures import discover
+
+PROMPTS = [f"a {c} {s}" for c in ("red", "blue") for s in ("circle", "square")]
+QUICK = {"iterations": 2, "batch": 2, "noise_floor": 0.0}
+CALL = {name: {**call, "num_inference_steps": 2} for name, call in CALLS.items()}
+
+
+def recorded(family, prompts=PROMPTS):
+    pipe = tiny(family)
+    return pipe, calibrate(pipe, prompts, list(range(len(prompts))), CALL[family], batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def flux():
+    return recorded("flux")
+
+
+@pytest.fixture(scope="module")
+def sdxl():
+    return recorded("sdxl")
+
+
+def learner(given, **settings):
+    pipe, calibration = given
+    return learn._Learner(pipe, calibration, MaskSettings(**{**QUICK, **settings}), 0.1)
+
+
+def gradients(made, iteration=0):
+    made.update(iteration)
+    return torch.cat([logits.grad.flatten() for logits in made.gates.logits.values()])
+
+
+@pytest.mark.parametrize("family", ["flux", "sdxl"])
+def test_every_logit_of_every_kind_gets_a_score_and_a_history(family, request):
+    pipe, calibration = request.getfixturevalue(family)
+    scores, history = learn_mask(pipe, calibration, MaskSettings(**QUICK), 0.1)
+    assert {n: tuple(v.shape) for n, v in scores.items()} == {
+        s.name: (s.units,) for s in discover(pipe)
+    }
+    assert all(v.dtype == torch.float32 and v.isfinite().all() for v in scores.values())
+    assert any((v != 3.0).any() for v in scores.values())
+    assert tuple(history.columns) == COLUMNS
+    assert history["iteration"].tolist() == [0, 1]
+    assert history["loss"].sub(history["distortion"] + history["regulariser"]).abs().max() < 1e-6
+
+
+def test_the_weights_stay_as_they_are_and_get_no_gradients(flux):
+    pipe, calibration = flux
+    before = {k: v.clone() for k, v in denoiser_of(pipe).state_dict().items()}
+    wanted = [p.requires_grad for p in denoiser_of(pipe).parameters()]
+    learn_mask(pipe, calibration, MaskSettings(**QUICK), 0.1)
+    after = denoiser_of(pipe).state_dict()
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+    assert all(p.grad is None for p in denoiser_of(pipe).parameters())
+    assert [p.requires_grad for p in denoiser_of(pipe).parameters()] == wanted
+
+
+def test_accumulation_is_a_mean_of_the_same_prompts(flux, monkeypatch):
+    """Fault 7: the first update after one sample, and sums in the place of means."""
+    monkeypatch.setattr(  # the same gates for each prompt, however prompts are batched
+        learn.Gates, "draw", lambda gates, batch, _: gates.set_shared(), raising=True
+    )
+
+    def shared(gates):
+        fixed = torch.Generator().manual_seed(0)
+        gates._hold(
+            {
+                name: learn_gate(logits, torch.rand(len(logits), generator=fixed))[None]
+                for name, logits in gates.logits.items()
+            }
+        )
+
+    def learn_gate(logits, u):
+        from ecodiff.gates import sample_gate
+
+        return sample_gate(logits, u, 0.0)
+
+    monkeypatch.setattr(learn.Gates, "set_shared", shared, raising=False)
+    at_once = gradients(learner(flux, batch=4, accumulate=1))
+    in_parts = gradients(learner(flux, batch=1, accumulate=4))
+    assert at_once.norm() > 0
+    assert (at_once - in_parts).norm() / at_once.norm() <= 1e-4
+
+
+@pytest.mark.parametrize("family", ["flux", "sdxl"])
+def test_checkpointing_does_not_change_the_update(family, request):
+    given = request.getfixturevalue(family)
+    full = gradients(learner(given, checkpoint=False))
+    ours = gradients(learner(given))
+    assert (ours - full).norm() / full.norm() <= 1e-5
+
+
+def test_logits_stay_fp32_in_a_bf16_model_and_nothing_decays():
+    """Fault 6: logits and Adam state in bf16, and weight decay with no gradient."""
+    pipe = tiny("flux").to(torch.bfloat16)
+    calibration = calibrate(pipe, PROMPTS, [0, 1, 2, 3], CALL["flux"], batch_size=4)
+    made = learner((pipe, calibration))
+    made.update(0)
+    for logits in made.gates.logits.values():
+        assert logits.dtype == torch.float32
+        assert made.optimiser.state[logits]["exp_avg"].dtype == torch.float32
+    assert [group["weight_decay"] for group in made.optimiser.param_groups] == [0.0] * 3
+
+
+def test_each_kind_learns_at_its_own_rate(flux):
+    rates = LearningRates(heads=0.5, neurons=0.1, modulation=0.02)
+    made = learner(flux, lr=rates, objective="penalty", beta=100.0)
+    made.update(0)
+    kinds = {s.name: s.kind for s in discover(flux[0])}
+    for name, logits in made.gates.logits.items():  # Adam's first step is its learning rate
+        moved = (logits.detach() - 3.0).abs()
+        torch.testing.assert_close(
+            moved, torch.full_like(moved, getattr(rates, kinds[name])), rtol=1e-3, atol=1e-4
+        )
+
+
+def test_every_prompt_is_seen_once_before_any_is_seen_again(flux):
+    made = learner(flux, batch=1, accumulate=2)
+    rows = [row for i in range(4) for batch in made._rows(i) for row in batch]
+    assert sorted(rows[:4]) == sorted(rows[4:]) == [0, 1, 2, 3]
+    assert rows[:4] != rows[4:]
+
+
+def test_a_penalty_moves_every_kind_towards_closing(flux):
+    """Fault 5: the modulation regulariser never reached the loss."""
+    made = learner(flux, objective="penalty", beta=100.0, noise_floor=0.1)
+    made.update(0)
+    assert all((logits < 3.0).all() for logits in made.gates.logits.values())
+
+
+def test_a_continued_run_equals_one_that_never_stopped(flux, tmp_path, monkeypatch):
+    pipe, calibration = flux
+    settings = MaskSettings(**{**QUICK, "iterations": 4})
+    whole, _ = learn_mask(pipe, calibration, settings, 0.1)
+    scratch = tmp_path / "state.safetensors"
+    update = learn._Learner.update
+
+    def stop(made, iteration):
+        if iteration == 2:
+            raise KeyboardInterrupt
+        return update(made, iteration)
+
+    monkeypatch.setattr(learn, "SAVE_EVERY", -1.0)
+    monkeypatch.setattr(learn._Learner, "update", stop)
+    with pytest.raises(KeyboardInterrupt):
+        learn_mask(pipe, calibration, settings, 0.1, scratch)
+    monkeypatch.setattr(learn._Learner, "update", update)
+    continued, history = learn_mask(pipe, calibration, settings, 0.1, scratch)
+    assert history["iteration"].tolist() == [0, 1, 2, 3]
+    assert not scratch.exists()
+    for name, value in whole.items():
+        torch.testing.assert_close(continued[name], value, rtol=0, atol=0)
+
+
+def test_the_state_of_another_run_is_not_continued(flux, tmp_path, caplog):
+    pipe, calibration = flux
+    scratch = tmp_path / "state.safetensors"
+    made = learner(flux)
+    state = learn.State(scratch, {"other": 1}, made.gates, made.optimiser, made.objective)
+    state.write([])
+    with caplog.at_level(logging.WARNING):
+        learn_mask(pipe, calibration, MaskSettings(**QUICK), 0.1, scratch)
+    assert "another run" in caplog.text
+
+
+def test_a_loss_that_is_not_finite_stops_names_prompts_and_keeps_the_state(flux, tmp_path):
+    pipe, _ = flux
+    broken = calibrate(pipe, PROMPTS, [0, 1, 2, 3], CALL["flux"], batch_size=4)
+    order = learner(flux)._rows(1)[0]
+    broken.embeds["prompt_embeds"][order[0]] = torch.nan
+    scratch = tmp_path / "state.safetensors"
+    with pytest.raises(UserError, match=rf"iteration 1: .*{PROMPTS[order[0]]}"):
+        learn_mask(pipe, broken, MaskSettings(**QUICK), 0.1, scratch)
+    with safe_open(scratch, framework="pt") as file:
+        history = json.loads(file.metadata()["ecodiff"])["history"]
+        assert len(history) == 1
+        assert all(file.get_tensor(key).isfinite().all() for key in file.keys())  # noqa: SIM118
+
+
+def test_an_impossible_budget_is_refused_before_learning(flux):
+    pipe, calibration = flux
+    with pytest.raises(UserError, match="the range is 0 to"):
+        learn_mask(pipe, calibration, MaskSettings(**QUICK), 0.99)
+
+
+def test_a_stale_calibration_is_refused(flux):
+    _, calibration = flux
+    with pytest.raises(UserError, match="another model"):
+        learn_mask(tiny("flux", seed=1), calibration, MaskSettings(**QUICK), 0.1)

@@ -1,0 +1,121 @@
+"""Selection, worked by hand: sparsity counts parameters, and overshoots by less than a unit."""
+
+import pytest
+import torch
+
+from ecodiff.errors import UserError
+from ecodiff.mask.select import removed_share, select
+from ecodiff.structures import Structure
+
+HEADS = Structure("a.heads", "heads", 3, 4, (), (), unit_parameters=10)
+NEURONS = Structure("b.neurons", "neurons", 4, 1, (), (), unit_parameters=3)
+BOTH = [HEADS, NEURONS]  # 42 of 100 parameters are maskable
+SCORES = {"a.heads": torch.tensor([0.5, 0.1, 0.9]), "b.neurons": torch.tensor([0.2, 0.0, 0.6, 0.3])}
+
+
+def kept(sparsity, scores=SCORES, **options):
+    found = select(BOTH, scores, sparsity, 100, **options)
+    return found["a.heads"].tolist(), found["b.neurons"].tolist()
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "heads", "neurons"),
+    [
+        (0.0, [1, 1, 1], [1, 1, 1, 1]),
+        (0.01, [1, 1, 1], [1, 0, 1, 1]),  # 3 removed for 1
+        (0.03, [1, 1, 1], [1, 0, 1, 1]),  # exactly reached: no further unit
+        (0.04, [1, 0, 1], [1, 0, 1, 1]),  # 13
+        (0.16, [1, 0, 1], [0, 0, 1, 1]),  # 16
+        (0.20, [0, 0, 1], [0, 0, 1, 0]),  # 19, then a head: 29
+        (0.42, [0, 0, 0], [0, 0, 0, 0]),  # all there is
+    ],
+)
+def test_lowest_scores_go_first_across_kinds(sparsity, heads, neurons):
+    """Faults 18 and 19: a keep count of 0 kept nearly all; sparsity counted units, per type."""
+    assert kept(sparsity) == ([bool(k) for k in heads], [bool(k) for k in neurons])
+
+
+def test_overshoot_is_less_than_the_last_unit():
+    scores = {
+        k: torch.randn(len(v), generator=torch.Generator().manual_seed(1))
+        for k, v in SCORES.items()
+    }
+    for percent in range(43):
+        found = select(BOTH, scores, percent / 100, 100)
+        removed = round(100 * removed_share(BOTH, found, 100))
+        gone = [
+            (v.item(), s.unit_parameters)
+            for s in BOTH
+            for v, keep in zip(scores[s.name], found[s.name], strict=True)
+            if not keep
+        ]
+        last = max(gone)[1] if gone else 1
+        assert percent <= removed < percent + last
+
+
+def test_rounding_does_not_ask_for_another_unit():
+    """0.1 * 30 is a little more than 3."""
+    found = select([NEURONS], {"b.neurons": SCORES["b.neurons"]}, 0.1, 30)
+    assert int((~found["b.neurons"]).sum()) == 1
+
+
+@pytest.mark.parametrize("sparsity", [0.43, 1.5, -0.1, float("nan")])
+def test_an_impossible_sparsity_states_the_maximum(sparsity):
+    with pytest.raises(UserError, match=r"0 to 0\.4200"):
+        kept(sparsity)
+
+
+def test_the_floor_keeps_the_best_units_of_each_structure():
+    assert kept(0.29, floor=1) == ([False, False, True], [False, False, True, False])
+    with pytest.raises(UserError, match=r"0 to 0\.2900 .* 1 units"):
+        kept(0.3, floor=1)
+
+
+def test_a_floor_above_the_units_keeps_them_all():
+    assert kept(0.0, floor=9) == ([True] * 3, [True] * 4)
+    with pytest.raises(UserError, match=r"0 to 0\.0000"):
+        kept(0.1, floor=9)
+
+
+def test_structure_scope_takes_the_same_share_of_each():
+    scores = {"a.heads": SCORES["a.heads"] + 100, "b.neurons": SCORES["b.neurons"]}
+    # By rank within: neuron 1/8, head 1/6, neuron 3/8, head 1/2, neuron 5/8, head 5/6, neuron 7/8.
+    assert kept(0.16, scores, scope="structure") == (
+        [True, False, True],
+        [False, False, True, True],
+    )
+    assert kept(0.17, scores, scope="structure") == (
+        [False, False, True],
+        [False, False, True, True],
+    )
+
+
+def test_ties_go_in_order_and_scores_are_not_clamped():
+    """Fault 18: clamping before ranking makes ties of very sure units."""
+    logits = {"a.heads": torch.zeros(3) - 40, "b.neurons": torch.tensor([-80.0, -60, -50, 50])}
+    assert kept(0.09, logits) == ([True] * 3, [False, False, False, True])
+    assert kept(0.10, logits) == ([False, True, True], [False, False, False, True])
+
+
+def test_infinite_scores_rank_but_nan_does_not():
+    scores = {**SCORES, "b.neurons": torch.tensor([float("inf"), float("-inf"), 0, 0])}
+    assert kept(0.03, scores)[1] == [True, False, True, True]
+    with pytest.raises(UserError, match=r"b\.neurons .* not a number"):
+        kept(0.03, {**SCORES, "b.neurons": torch.full((4,), float("nan"))})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"a.heads": torch.zeros(2)}, r"a\.heads .*\(2,\), must be \(3,\)"),
+        ({"c.heads": torch.zeros(2)}, r"c\.heads is no structure"),
+    ],
+)
+def test_scores_of_another_model_are_refused(change, message):
+    with pytest.raises(UserError, match=message):
+        kept(0.1, {**SCORES, **change})
+
+
+def test_a_structure_without_scores_is_named():
+    with pytest.raises(UserError, match=r"b\.neurons has no scores"):
+        kept(0.1, {"a.heads": SCORES["a.heads"]})
