@@ -1,0 +1,41 @@
+"""A picture of what a toy draws: held-out captions, their pictures and the checker's verdicts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from ecodiff.pipelines import load_pipeline
+from ecodiff.toys import checker
+from ecodiff.toys.making import CALLS, draw, held_out
+
+COLUMNS, ROWS = 8, 4
+
+
+def gallery(source: Path, out: Path) -> None:
+    """Draw the first 32 held-out captions with a toy and write them as one png."""
+    _, captions = held_out(COLUMNS * ROWS)
+    pictures = draw(load_pipeline(source), captions, CALLS[source.name])
+    figure, axes = plt.subplots(ROWS, COLUMNS, figsize=(12, 8), layout="constrained")
+    for axis, picture, caption in zip(axes.flat, pictures, captions, strict=True):
+        _panel(axis, picture, caption)
+    met = checker.scene_accuracy(pictures, captions)
+    figure.suptitle(
+        f"{source.name}: 32 captions it never saw in training, {met:.0%} drawn as told"
+        " (misses framed in red)"
+    )
+    figure.savefig(out, dpi=110)
+    plt.close(figure)
+
+
+def _panel(axis: plt.Axes, picture: np.ndarray, caption: str) -> None:
+    axis.imshow(picture, interpolation="nearest")
+    axis.set_xticks([])
+    axis.set_yticks([])
+    words = caption.replace(" left of ", "\nleft of ").replace(" above ", "\nabove ")
+    axis.set_title(words.replace(" on ", "\non "), fontsize=7)
+    if not checker.meets(picture, caption):
+        for spine in axis.spines.values():
+            spine.set(color="red", linewidth=2.5)
