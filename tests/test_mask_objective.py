@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ecodiff.gates import Gates
+from ecodiff.gates import Gates, sample_gate
 from ecodiff.mask.objective import Budget, Penalty, distortion, expected_sparsity
 from ecodiff.structures import Structure
 
@@ -78,3 +78,27 @@ def test_multipliers_ascend_by_their_own_gradient():
     assert (budget.linear, budget.quadratic) == pytest.approx((1.1, 1.02))
     budget.ascend(0.5, 1.0)  # too sparse: the linear one falls
     assert budget.linear == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("sparsity", [0.2, 0.4])
+def test_a_hundred_updates_hold_the_budget_and_remove_what_matters_least(sparsity):
+    """Units of known importance stand in for a model: their distortion is known in closed form."""
+    generator = torch.Generator().manual_seed(0)
+    importance = torch.exp(2 * torch.randn(600, generator=generator))
+    structure = Structure("a.neurons", "neurons", 600, 1, (), (), unit_parameters=1)
+    gates = Gates([structure], 3.0, 0.1)
+    logits = gates.logits["a.neurons"]
+    optimiser = torch.optim.AdamW([logits], lr=0.1, weight_decay=0.0)
+    budget = Budget(sparsity, warmup=0.3, lr=0.1)
+    for i in range(100):
+        optimiser.zero_grad()
+        gate = sample_gate(logits, torch.rand(4, 600, generator=generator), 0.1)
+        loss = (importance * (1 - gate).square()).sum(1).mean() / importance.sum()
+        expected = expected_sparsity(gates, 660)
+        (loss + budget.regulariser(expected, (i + 1) / 100)).backward()
+        optimiser.step()
+        budget.ascend(expected.item(), (i + 1) / 100)
+    assert expected.item() == pytest.approx(sparsity, abs=0.15)
+    count = int(sparsity * 660)
+    removed = importance[logits.detach().argsort()[:count]].sum()
+    assert removed < 3 * importance.sort().values[:count].sum()
