@@ -23,15 +23,20 @@ include: "workflow/rules/toys.smk"
 
 localrules:
     all,
+    config,
+    figures,
     masks,
     pruned,
     tables,
-    figures,
     toys,
 
 
 rule all:
     default_target: True
     input:
-        rules.tables.input,
-        rules.figures.input,
+        rules.tables.output,
+        rules.figures.output,
+
+
+onsuccess:
+    summarise()

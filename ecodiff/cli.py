@@ -14,12 +14,14 @@ import typer
 
 from ecodiff import settings as sections
 from ecodiff.artifacts import atomic, write_json, write_manifest
-from ecodiff.config import read_settings
+from ecodiff.config import Config, load_config, read_settings
 from ecodiff.errors import UserError
 from ecodiff.prompts import make_prompts, read_prompts, write_prompts
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+    from ecodiff.report.results import Results
 
 app = typer.Typer(
     help=f"{__doc__}\n\nprompts -> calibrate -> mask -> prune -> retrain -> generate -> evaluate"
@@ -29,8 +31,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 evaluate = typer.Typer(help="Judge pictures, speed and memory.", no_args_is_help=True)
+report = typer.Typer(help="Tables and figures of a run.", no_args_is_help=True)
 toys = typer.Typer(help="The toy pipelines that the demo runs on.", no_args_is_help=True)
 app.add_typer(evaluate, name="evaluate")
+app.add_typer(report, name="report")
 app.add_typer(toys, name="toys")
 
 Model = Annotated[str, typer.Argument(help="Hub id or folder of a diffusers pipeline.")]
@@ -40,6 +44,7 @@ Out = Annotated[Path, typer.Argument(help="Where to write.")]
 Settings = Annotated[str | None, typer.Option(help="YAML file or text; defaults without.")]
 Call = Annotated[str, typer.Option(help="How to call the pipeline: YAML file or text.")]
 Batch = Annotated[int, typer.Option(min=1, help="Prompts that run together.")]
+Run = Annotated[Path, typer.Argument(help="results/<run>, with its config.yaml.")]
 Load = Annotated[str | None, typer.Option(help="dtype, device, revision, variant: YAML.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:<n>.")]
 
@@ -123,7 +128,7 @@ def mask(
 
     chosen = read_settings(sections.MaskSettings, settings)
     record = Calibration.load(calibration) if calibration else None
-    ranked = stage.Mask.load(scores) if scores else None
+    ranked = stage.Mask.load(scores).scores if scores else None
     pipe = _load(model, load)
     # What an interrupted job continues from; not an output, which retries would remove.
     scratch = out.with_name("unfinished.safetensors")
@@ -279,6 +284,38 @@ def mask_cost(
     write_manifest(out, "evaluate.mask_cost", {"model": model, **chosen.model_dump()})
 
 
+@report.command()
+def tables(run: Run) -> None:
+    """Write the main table as csv, markdown and LaTeX to <run>/tables."""
+    from ecodiff.report.tables import main_table, write_tables
+
+    config, results = _results(run)
+    published = config.report.published
+    write_tables(main_table(results), run / "tables", Path(published) if published else None)
+
+
+@report.command()
+def figures(
+    run: Run,
+    only: Annotated[list[str] | None, typer.Option(help="Figures by name; repeatable.")] = None,
+) -> None:
+    """Draw figures of each model as png and pdf to <run>/figures."""
+    from ecodiff.report.figures import FIGURES, draw
+
+    _, results = _results(run)
+    for name in only or FIGURES:
+        for model in results.variants:
+            draw(name, results, model, run / "figures")
+
+
+@report.command()
+def show(run: Run) -> None:
+    """Print the main table."""
+    from ecodiff.report.tables import main_table, print_table
+
+    print_table(main_table(_results(run)[1]))
+
+
 @toys.command()
 def train(
     name: Annotated[str, typer.Argument(help="toy-vae, toy-sdxl, toy-flux or toy-clip.")],
@@ -289,6 +326,14 @@ def train(
     from ecodiff.toys.making import make
 
     make(name, out, vae)
+
+
+def _results(run: Path) -> tuple[Config, Results]:
+    from ecodiff.report.results import Results
+
+    config = load_config(run / "config.yaml")
+    variants = {model: [v.name for v in config.variants_of(model)] for model in config.models}
+    return config, Results(run, variants, run / f"prompts/{config.evaluate.prompts}.parquet")
 
 
 def _call(text: str) -> dict[str, Any]:

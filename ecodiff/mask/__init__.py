@@ -105,11 +105,14 @@ def make_mask(
     calibration: Calibration | None = None,
     settings: MaskSettings | None = None,
     scratch: Path | None = None,
+    ranked: Scores | None = None,
 ) -> tuple[Mask, pd.DataFrame]:
     """Score with a method, then select: the mask and the history (no rows for baselines).
 
     `settings` also says how to select (`scope`, `min_units`) and seeds `random`. `scratch` holds
-    the state of unfinished learning, see `learn.learn_mask`. Raises what `score` and `select` do.
+    the state of unfinished learning, see `learn.learn_mask`. `ranked` are scores that the method
+    gave before, in place of new ones: right unless they were learned for another sparsity. Raises
+    what `score` and `select` do.
     """
     settings = settings or MaskSettings()
     denoiser = denoiser_of(pipe)
@@ -118,7 +121,7 @@ def make_mask(
     nothing = {s.name: torch.zeros(s.units) for s in structures}
     select(structures, nothing, sparsity, total, settings.scope, settings.min_units)
     request = _Request(settings.seed, settings, calibration, sparsity, scratch)
-    found, history = _scored(pipe, method, request)
+    found, history = (ranked, _no_history()) if ranked else _scored(pipe, method, request)
     kept = select(structures, found, sparsity, total, settings.scope, settings.min_units)
     info = {
         "model": denoiser.config.get("_name_or_path") or type(pipe).__name__,

@@ -3,6 +3,8 @@ import re
 import sys
 from pathlib import Path
 
+import yaml
+
 from ecodiff.artifacts import code_hash, write_text
 from ecodiff.config import Variant, load_config
 from ecodiff.errors import UserError
@@ -20,6 +22,14 @@ config = run.model_dump(mode="json")
 RESULTS = f"results/{run.run}"
 VARIANTS = [(model, variant) for model in run.models for variant in run.variants_of(model)]
 PRUNED = [(model, variant) for model, variant in VARIANTS if not variant.is_dense]
+FIGURES = [
+    "quality",
+    "pictures",
+    "removed",
+    *(["learning"] if any(variant.method == "ecodiff" for _, variant in PRUNED) else []),
+    *(["cost"] if run.evaluate.efficiency else []),
+    *(["mask-cost"] if run.evaluate.mask_cost else []),
+]
 TOYS = ("toy-vae", "toy-sdxl", "toy-flux", "toy-clip")
 
 
@@ -47,18 +57,18 @@ shell.prefix(f"set -euo pipefail; export PATH=$PATH:{Path(sys.executable).parent
 
 
 def settings(dpath):
-    """A narrow part of the config as JSON, which the command line reads."""
+    """A narrow part of the config as JSON, which the command line reads; nulls are left out."""
     part = lookup(dpath=dpath, within=config)
-    if callable(part):
-        return lambda wildcards: json.dumps(part(wildcards))
-    return json.dumps(part)
+
+    def text(found):
+        return json.dumps({key: value for key, value in found.items() if value is not None})
+
+    return (lambda wildcards: text(part(wildcards))) if callable(part) else text(part)
 
 
 def quality_settings():
     """What the judgement of pictures depends on, as JSON."""
-    return run.evaluate.model_dump_json(
-        include={"features", "clip_model", "clip_pretrained", "batch_size"}
-    )
+    return run.evaluate.model_dump_json(exclude={"prompts", "efficiency", "mask_cost"})
 
 
 def each(flag, name):
@@ -158,6 +168,21 @@ def shards(variant="{variant}"):
     return [f"<results>/{{model}}/{variant}/images/{shard}" for shard in range(count)]
 
 
+def of_models(file):
+    """A file of each model."""
+    return [f"<results>/{model}/{file}" for model in run.models]
+
+
+def of_variants(file):
+    """A file of each variant."""
+    return [f"<results>/{model}/{variant.name}/{file}" for model, variant in VARIANTS]
+
+
+def of_masks(file):
+    """A file of each mask."""
+    return sorted({f"<results>/{model}/masks/{variant.mask}/{file}" for model, variant in PRUNED})
+
+
 def folders_of(wildcards):
     """The folders of all pruned variants of a model."""
     return [source(model, v.name) for model, v in PRUNED if model == wildcards.model]
@@ -172,3 +197,18 @@ def names_and_sources(wildcards):
 def toy_vae(wildcards):
     """The autoencoder that both toy pipelines are trained on."""
     return "results/toys/toy-vae" if wildcards.toy in ("toy-sdxl", "toy-flux") else []
+
+
+def summarise():
+    """Prints the main table, if there is one, and where everything is."""
+    table = Path(RESULTS, "tables/main.csv")
+    if table.exists():
+        import pandas
+
+        from ecodiff.report.tables import print_table
+
+        print_table(pandas.read_csv(table))
+    places = {"tables": "tables", "figures": "figures", "settings": "config.yaml"}
+    for name, place in places.items():
+        if Path(RESULTS, place).exists():
+            print(f"{name}: {RESULTS}/{place}")

@@ -63,4 +63,4 @@ rule baseline:
 
 rule masks:
     input:
-        [f"<results>/{model}/masks/{variant.mask}/mask.safetensors" for model, variant in PRUNED],
+        of_masks("mask.safetensors"),

@@ -1,0 +1,163 @@
+import json
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from imports import loaded_by
+
+from ecodiff import cli
+from ecodiff.prompts import read_prompts
+
+CALL = "{num_inference_steps: 2, guidance_scale: 3, height: 64, width: 64}"
+CPU = ("--load", "device: cpu")
+
+
+def ecodiff(*words):
+    """Runs the command in this process; its exit status."""
+    before = sys.argv
+    sys.argv = ["ecodiff", *map(str, words)]
+    try:
+        cli.main()
+    except SystemExit as error:
+        return error.code
+    finally:
+        sys.argv = before
+    return 0
+
+
+def make_prompts(folder, name="p", count=4):
+    settings = f"{{source: shapeworld, count: {count}, seed: 5}}"
+    out = folder / f"{name}.parquet"
+    assert ecodiff("prompts", out, "--pictures", folder / name, "--settings", settings) == 0
+    return out
+
+
+def test_help_names_every_stage(capsys):
+    assert ecodiff("--help") == 0
+    shown = capsys.readouterr().out
+    stages = ["prompts", "calibrate", "mask", "prune", "retrain", "generate", "evaluate", "report"]
+    assert all(stage in shown for stage in stages)
+
+
+def test_an_error_of_the_users_is_one_line_and_status_2(tmp_path, capsys):
+    words = ("prompts", tmp_path / "p.parquet", "--pictures", tmp_path / "p")
+    assert ecodiff(*words, "--settings", "{source: shapeworld, count: 0}") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.startswith("ecodiff: error: count: ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_model_is_one_line(tmp_path, capsys):
+    table = make_prompts(tmp_path)
+    words = ("generate", tmp_path / "none", table, tmp_path / "out", "--call", CALL, *CPU)
+    assert ecodiff(*words) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("ecodiff: error: source: ")
+
+
+def test_prompts_leave_a_table_pictures_and_a_manifest(tmp_path):
+    table = make_prompts(tmp_path, count=3)
+    assert read_prompts(table)["seed"].tolist() == [5, 6, 7]
+    assert len(list((tmp_path / "p").glob("*.png"))) == 3
+    manifest = json.loads((tmp_path / "p.parquet.manifest.json").read_text())
+    assert manifest["settings"]["seed"] == 5
+
+
+def test_starting_the_command_needs_no_torch():
+    assert not {"torch", "diffusers"} & loaded_by("ecodiff.cli")
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory):
+    """All stages on a tiny pipeline, one after another."""
+    from tiny import tiny_sdxl
+
+    from ecodiff.toys import clip
+
+    folder = tmp_path_factory.mktemp("stages")
+    tiny_sdxl().save_pretrained(folder / "dense")
+    torch.manual_seed(0)
+    clip.save(clip.CLIP(**clip.CONFIG), folder / "clip")
+    table, record = make_prompts(folder), folder / "calibration.safetensors"
+    dense, pruned, tuned = (folder / name for name in ("dense", "pruned", "tuned"))
+    mask, history = folder / "mask.safetensors", folder / "history.csv"
+    learn = "{iterations: 2, batch: 2}"
+    judge = f"{{features: clip, clip_model: 'local-dir:{folder}/clip', clip_pretrained: null}}"
+    done = [
+        ecodiff("calibrate", dense, table, record, "--call", CALL, *CPU),
+        ecodiff("grams", dense, record, folder / "grams.safetensors", *CPU),
+        ecodiff(
+            *("mask", dense, mask, "--method", "ecodiff", "--percent", 20, "--settings", learn),
+            *("--calibration", record, "--history", history, *CPU),
+        ),
+        ecodiff("prune", dense, mask, pruned, "--grams", folder / "grams.safetensors", *CPU),
+        ecodiff("retrain", pruned, record, tuned, "--settings", "{steps: 1, batch: 2}", *CPU),
+        ecodiff("generate", dense, table, folder / "a", "--call", CALL, *CPU),
+        ecodiff("generate", tuned, table, folder / "b", "--call", CALL, *CPU),
+        ecodiff(
+            *("evaluate", "quality", table, folder / "quality.json", "--dense", folder / "a"),
+            *("--images", folder / "b", "--settings", judge, "--device", "cpu"),
+        ),
+        ecodiff(
+            *("evaluate", "efficiency", table, folder / "efficiency.json", "--call", CALL),
+            *("--variant", f"dense={dense}", "--variant", f"ecodiff-20={pruned}"),
+            *("--settings", "{repeats: 1, warmup: 0}", *CPU),
+        ),
+        ecodiff(
+            *("evaluate", "mask-cost", dense, table, folder / "cost.csv", "--call", CALL),
+            *("--settings", "{steps: [1, 2], batch: 2}", *CPU),
+        ),
+    ]
+    assert done == [0] * 10
+    return folder
+
+
+@pytest.mark.slow
+def test_the_chain_ends_in_a_smaller_model(stages):
+    found = json.loads((stages / "efficiency.json").read_text())
+    ratio = found["ecodiff-20"]["denoiser_parameters"] / found["dense"]["denoiser_parameters"]
+    assert ratio == pytest.approx(0.8, abs=0.01)
+
+
+@pytest.mark.slow
+def test_the_chain_ends_in_judged_pictures(stages):
+    quality = json.loads((stages / "quality.json").read_text())
+    assert quality["count"] == 4
+    assert np.isfinite(quality["latent_error"])
+
+
+@pytest.mark.slow
+def test_learning_and_retraining_leave_their_history(stages):
+    assert len(pd.read_csv(stages / "history.csv")) == 2
+    assert len(pd.read_csv(stages / "tuned/history.csv")) == 1
+
+
+@pytest.mark.slow
+def test_mask_cost_is_a_table(stages):
+    assert pd.read_csv(stages / "cost.csv")["steps"].tolist() == [1, 1, 2, 2]
+
+
+@pytest.mark.slow
+def test_every_output_has_a_manifest(stages):
+    outputs = [path for path in stages.iterdir() if "manifest" not in path.name]
+    made_here = {"dense", "clip", "p", "history.csv"}
+    bare = [
+        path.name
+        for path in outputs
+        if path.name not in made_here and not (stages / f"{path.name}.manifest.json").exists()
+    ]
+    assert not bare
+
+
+@pytest.mark.slow
+def test_scores_are_ranked_again_for_another_sparsity(stages):
+    from ecodiff.mask import Mask
+
+    words = ("mask", stages / "dense", stages / "again.safetensors", "--method", "ecodiff")
+    scored = ("--percent", 10, "--scores", stages / "mask.safetensors", *CPU)
+    assert ecodiff(*words, *scored) == 0
+    first, again = (Mask.load(stages / f"{n}.safetensors") for n in ("mask", "again"))
+    assert all(torch.equal(first.scores[k], again.scores[k]) for k in first.scores)
+    assert again.info["sparsity"] == pytest.approx(0.1, abs=0.01)
