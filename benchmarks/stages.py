@@ -7,9 +7,20 @@ from pathlib import Path
 
 import pandas as pd
 
-ORDER = (
-    "prompts calibrate grams mask prune retrain generate quality efficiency mask_cost tables figures"
-).split()
+ORDER = [
+    "prompts",
+    "calibrate",
+    "grams",
+    "mask",
+    "prune",
+    "retrain",
+    "generate",
+    "quality",
+    "efficiency",
+    "mask_cost",
+    "tables",
+    "figures",
+]
 
 
 def stages(run: Path) -> pd.DataFrame:
