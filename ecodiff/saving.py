@@ -16,6 +16,7 @@ from typing import Any, Self
 
 import diffusers
 import torch
+from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline, ModelMixin
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -23,7 +24,7 @@ from torch import nn
 from ecodiff.artifacts import atomic
 from ecodiff.errors import UserError
 from ecodiff.narrow import narrow
-from ecodiff.structures import discover
+from ecodiff.structures import Structure, discover
 
 MARKER = "ecodiff.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -71,6 +72,16 @@ def class_named(name: str) -> type[ModelMixin]:
     if not (name.startswith("Pruned") and is_model):
         raise AttributeError(f"module 'ecodiff' has no attribute {name!r}")
     return pruned_class(dense)
+
+
+def dense_structures(denoiser: ModelMixin) -> list[Structure]:
+    """Find the structures of the dense model that a denoiser, pruned or dense, came from."""
+    if not isinstance(denoiser, Pruned):
+        return discover(denoiser)
+    dense = next(c for c in type(denoiser).__mro__ if not issubclass(c, Pruned))
+    config = {key: value for key, value in denoiser.config.items() if key != "pruned"}
+    with init_empty_weights():
+        return discover(dense.from_config(config))
 
 
 def save(pipe: DiffusionPipeline, folder: str | Path) -> None:

@@ -1,0 +1,145 @@
+"""Retrain a pruned denoiser on the dense model's latents, by LoRA or in full."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pandas as pd
+import torch
+from diffusers import DiffusionPipeline
+from peft import LoraConfig, LoraModel
+from rich.progress import track
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ecodiff.calibrate import Calibration
+from ecodiff.errors import UserError
+from ecodiff.retrain.objective import conditioned, objective
+from ecodiff.saving import dense_structures
+from ecodiff.settings import RetrainSettings
+from ecodiff.structures import denoiser_of
+
+
+def retrain(
+    pipe: DiffusionPipeline,
+    calibration: Calibration,
+    settings: RetrainSettings,
+    teacher: nn.Module | None = None,
+) -> pd.DataFrame:
+    """Train the denoiser in place on the model's own training loss (EcoDiff, "retraining").
+
+    The data are the final latents that the dense model reached, with their embeddings. The loss is
+    the mean squared error of the prediction (noise, v or flow), plus `settings.distillation` times
+    that to the dense denoiser's prediction.
+
+    Args:
+        pipe: the pruned pipeline; its denoiser keeps class, shapes, dtype and device.
+        calibration: embeddings and z0 of the dense model.
+        settings: the section `retrain.lora` or `retrain.full`.
+        teacher: the dense denoiser on the same device; needed for distillation.
+
+    Returns:
+        A row a step: step, loss, distillation (not weighted), seconds.
+
+    Raises:
+        UserError: distillation without a teacher, a scheduler that isn't supported, or a loss that
+            is not finite; with LoRA the denoiser is then as it was.
+    """
+    if settings.distillation and teacher is None:
+        raise UserError("retrain: distillation needs the dense model")
+    denoiser = denoiser_of(pipe)
+    generator = torch.Generator().manual_seed(settings.seed)
+    history, start = [], time.perf_counter()
+    with _trainable(denoiser, settings) as parameters:
+        # No decay: what isn't learned should stay what the dense model knew.
+        optimiser = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=0.0)
+        for step in track(range(settings.steps), description=f"retrain ({settings.kind})"):
+            losses = _losses(pipe, calibration, settings, teacher, generator)
+            total = losses[0] + settings.distillation * losses[1]
+            if not total.isfinite():
+                raise UserError(f"retrain: loss is not finite at step {step}; lower the key lr")
+            optimiser.zero_grad()
+            total.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimiser.step()
+            seconds = time.perf_counter() - start
+            history.append((step, losses[0].item(), losses[1].item(), seconds))
+    return pd.DataFrame(history, columns=["step", "loss", "distillation", "seconds"])
+
+
+def _losses(
+    pipe: DiffusionPipeline,
+    calibration: Calibration,
+    settings: RetrainSettings,
+    teacher: nn.Module | None,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """Return the training loss and the distance to the teacher on a random batch."""
+    denoiser = denoiser_of(pipe)
+    rows = torch.randperm(len(calibration.prompts), generator=generator)[: settings.batch]
+    embeds, start, z0 = calibration.batch(rows)
+    embeds = {key: value.to(denoiser.device) for key, value in embeds.items()}
+    prepared = conditioned(pipe, embeds, start.to(denoiser.device), calibration.call)
+    learned = objective(pipe.scheduler)
+    timesteps = learned.draw(len(rows), generator).to(denoiser.device)
+    noise = torch.randn(z0.shape, generator=generator).to(denoiser.device)
+    z0 = z0.to(noise)
+    noised = learned.noised(z0, noise, timesteps)
+    predicted = prepared.predict(denoiser, noised, timesteps).float()
+    loss = functional.mse_loss(predicted, learned.target(z0, noise, timesteps))
+    if not settings.distillation:
+        return loss, torch.zeros_like(loss)
+    with torch.no_grad():
+        wanted = prepared.predict(teacher, noised, timesteps).float()
+    return loss, functional.mse_loss(predicted, wanted)
+
+
+@contextmanager
+def _trainable(denoiser: nn.Module, settings: RetrainSettings) -> Iterator[list[nn.Parameter]]:
+    """Yield the parameters to train; afterwards the denoiser is of the same make as before."""
+    wanted = {name: p.requires_grad for name, p in denoiser.named_parameters()}
+    kind = _lora if settings.kind == "lora" else _full
+    try:
+        with kind(denoiser, settings) as parameters:
+            yield parameters
+    finally:
+        for name, parameter in denoiser.named_parameters():
+            parameter.requires_grad_(wanted[name])
+            parameter.grad = None
+
+
+@contextmanager
+def _lora(denoiser: nn.Module, settings: RetrainSettings) -> Iterator[list[nn.Parameter]]:
+    """Adapters on attention and feed-forward linears, merged unless training failed."""
+    targets = {
+        port.module
+        for structure in dense_structures(denoiser)
+        if structure.kind != "modulation"
+        for port in (*structure.producers, *structure.consumers)
+    }
+    present = dict(denoiser.named_modules())
+    # Attention without heads has lost its linears, others may have no rows or columns left.
+    targets = sorted(t for t in targets if t in present and present[t].weight.numel())
+    config = LoraConfig(r=settings.rank, lora_alpha=settings.rank, target_modules=targets)
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        adapted = LoraModel(denoiser, config, "default")
+    try:
+        yield [p for p in denoiser.parameters() if p.requires_grad]
+    except BaseException:
+        adapted.unload()
+        raise
+    adapted.merge_and_unload()
+
+
+@contextmanager
+def _full(denoiser: nn.Module, settings: RetrainSettings) -> Iterator[list[nn.Parameter]]:
+    """All weights, in float32: steps of a small lr vanish in half precision."""
+    dtype = denoiser.dtype
+    denoiser.to(torch.float32).requires_grad_(True)
+    try:
+        yield [p for p in denoiser.parameters() if p.numel()]
+    finally:
+        denoiser.to(dtype)
