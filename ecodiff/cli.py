@@ -333,7 +333,8 @@ def _results(run: Path) -> tuple[Config, Results]:
 
     config = load_config(run / "config.yaml")
     variants = {model: [v.name for v in config.variants_of(model)] for model in config.models}
-    return config, Results(run, variants, run / f"prompts/{config.evaluate.prompts}.parquet")
+    prompts = run / f"prompts/{config.evaluate.prompts}.parquet"
+    return config, Results(run, variants, prompts, config.report.examples)
 
 
 def _call(text: str) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def settings(dpath):
     part = lookup(dpath=dpath, within=config)
 
     def text(found):
-        return json.dumps({key: value for key, value in found.items() if value is not None})
+        return json.dumps({key: value for key, value in (found or {}).items() if value is not None})
 
     return (lambda wildcards: text(part(wildcards))) if callable(part) else text(part)
 

@@ -2,6 +2,8 @@
 rule config:
     output:
         "<results>/config.yaml",
+    log:
+        "<logs>/config.log",
     params:
         config=config,
     run:
@@ -28,10 +30,9 @@ rule tables:
     conda:
         "../../environment.yml"
     params:
-        run=RESULTS,
         code=code_hash("report.tables"),
     shell:
-        "ecodiff report tables {params.run} > {log} 2>&1"
+        "ecodiff report tables $(dirname {input.config}) > {log} 2>&1"
 
 
 rule figures:
@@ -55,8 +56,7 @@ rule figures:
     conda:
         "../../environment.yml"
     params:
-        run=RESULTS,
         only=[f"--only {figure}" for figure in FIGURES],
         code=code_hash("report.figures"),
     shell:
-        "ecodiff report figures {params.run} {params.only} > {log} 2>&1"
+        "ecodiff report figures $(dirname {input.config}) {params.only} > {log} 2>&1"

@@ -1,0 +1,310 @@
+"""The workflow as users run it: plans, refusals, reruns, and once everything on a tiny model."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from ecodiff.config import load_config
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+MODELS = ("resources/toys/toy-sdxl", "resources/toys/toy-flux", "resources/toys/toy-clip")
+
+
+def snakemake(folder, *words, root=ROOT):
+    """Runs Snakemake with a folder as its working directory."""
+    command = [sys.executable, "-m", "snakemake", "--snakefile", root / "Snakefile"]
+    command += ["--directory", folder, *words]
+    environment = {**os.environ, "PYTHONPATH": str(root), "PATH": f"{BIN}:{os.environ['PATH']}"}
+    return subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, env=environment, cwd=folder
+    )
+
+
+def write_config(folder, base="config.yaml", **changes):
+    config = yaml.safe_load((ROOT / "config" / base).read_text())
+    (folder / "config.yaml").write_text(yaml.safe_dump({**config, **changes}))
+    return folder / "config.yaml"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A working directory where the demo's models seem to be."""
+    folder = tmp_path_factory.mktemp("place")
+    for model in MODELS:
+        (folder / model).mkdir(parents=True)
+        (folder / model / "model_index.json").write_text("{}")
+    return folder
+
+
+def planned(folder, config, *words):
+    """The jobs of a dry-run by rule, and its text."""
+    done = snakemake(folder, "--configfile", config, "--dry-run", "--cores", 2, *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    text = done.stdout + done.stderr
+    table = text.split("Job stats:")[1].split("total")[0]
+    return {name: int(count) for name, count in re.findall(r"^(\w+) +(\d+)$", table, re.M)}, text
+
+
+def jobs_of(text, rule):
+    """What a plan says of each job of a rule."""
+    return re.findall(rf"^(?:local)?rule {rule}:\n((?:    .*\n)+)", text, re.M)
+
+
+@pytest.fixture(scope="module")
+def demo(place):
+    return planned(place, ROOT / "config/config.yaml")
+
+
+def test_the_demo_is_planned_whole(demo):
+    counts, _ = demo
+    variants = sum(
+        len(load_config(ROOT / "config/config.yaml").variants_of(model))
+        for model in ("toy-sdxl", "toy-flux")
+    )
+    assert counts["generate"] == counts["quality"] == variants
+    assert counts["tables"] == counts["figures"] == 1
+
+
+def test_shared_work_is_done_once_a_model(demo):
+    counts, _ = demo
+    assert [counts[rule] for rule in ("calibrate", "grams", "efficiency", "mask_cost")] == [2] * 4
+
+
+def test_measurements_take_all_cores(demo):
+    _, text = demo
+    for rule in ("efficiency", "mask_cost"):
+        assert all("threads: 2" in job for job in jobs_of(text, rule))
+    assert not any("threads: 2" in job for job in jobs_of(text, "generate"))
+
+
+def test_no_job_of_the_demo_trains_a_toy(demo):
+    assert "toy" not in demo[0]
+
+
+def test_every_job_has_a_log_and_a_benchmark(demo):
+    _, text = demo
+    rules = set(demo[0]) - {"all", "config"}
+    for rule in rules:
+        for job in jobs_of(text, rule):
+            assert "log: results/demo/logs/" in job
+            assert "benchmark: results/demo/benchmarks/" in job
+
+
+@pytest.mark.parametrize("profile", ["default", "slurm"])
+def test_the_paper_is_planned_without_its_data(tmp_path, profile):
+    words = ("--workflow-profile", ROOT / "profiles" / profile)
+    data = tmp_path / "resources/data"
+    config = ROOT / "config/paper.yaml"
+    counts, text = planned(tmp_path, config, *words)
+    assert not data.exists()
+    assert counts["calibrate"] >= 3
+    assert all("gpu=1" in job for job in jobs_of(text, "mask"))
+
+
+def test_toys_are_trained_only_when_asked(place):
+    counts, _ = planned(place, ROOT / "config/config.yaml", "toys")
+    assert counts == {"toy": 4, "toys": 1}
+
+
+def test_grams_are_gathered_only_for_compensation(place, tmp_path):
+    variants = [{"method": "ecodiff", "sparsities": [0.1]}]
+    counts, _ = planned(place, write_config(tmp_path, variants=variants))
+    assert "grams" not in counts
+
+
+def test_under_a_penalty_one_learning_serves_all_sparsities(place, tmp_path):
+    config = write_config(tmp_path, mask={"objective": "penalty"})
+    _, text = planned(place, config, "masks")
+    scored = [job for job in jobs_of(text, "mask") if "masks/ecodiff-10/mask" in job]
+    assert len(jobs_of(text, "mask")) == len(scored) == 6
+
+
+def test_under_a_budget_each_sparsity_is_learned(place, demo):
+    _, text = demo
+    inputs = [re.search("input: (.*)", job)[1] for job in jobs_of(text, "mask")]
+    assert not any("masks/" in line for line in inputs)
+
+
+def test_retraining_may_have_prompts_of_its_own(place, tmp_path):
+    config = yaml.safe_load((ROOT / "config/config.yaml").read_text())
+    prompts = {**config["prompts"], "more": {"source": "shapeworld", "count": 9}}
+    changes = {"prompts": prompts, "retrain": {"lora": {"prompts": "more"}}}
+    counts, text = planned(place, write_config(tmp_path, **changes))
+    assert counts["calibrate"] == 4
+    assert all("/more.safetensors" in job for job in jobs_of(text, "retrain"))
+
+
+def test_a_retrained_variant_brings_its_pruned_one(place, tmp_path):
+    variants = [{"method": "random", "sparsities": [0.1], "retrain": "lora"}]
+    counts, _ = planned(place, write_config(tmp_path, variants=variants))
+    assert counts["prune"] == 2
+    assert counts["generate"] == 4
+
+
+def test_a_run_without_variants_is_planned(place, tmp_path):
+    counts, _ = planned(place, write_config(tmp_path, variants=[]))
+    assert counts["generate"] == 2
+
+
+def test_what_is_not_measured_is_not_planned(place, tmp_path):
+    config = yaml.safe_load((ROOT / "config/config.yaml").read_text())
+    evaluate = {**config["evaluate"], "efficiency": None, "mask_cost": None}
+    counts, _ = planned(place, write_config(tmp_path, evaluate=evaluate))
+    assert not {"efficiency", "mask_cost"} & counts.keys()
+
+
+def test_large_sets_are_generated_in_shards(place, tmp_path):
+    generate = {"shard_size": 100}
+    counts, _ = planned(place, write_config(tmp_path, generate=generate, variants=[]))
+    assert counts["generate"] == 2 * 3
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "results/demo/toy-sdxl/ecodiff-11/model",
+        "results/demo/toy-sd/dense/quality.json",
+        "results/demo/prompts/nothing.parquet",
+        "results/other/tables/main.csv",
+    ],
+)
+def test_nothing_is_made_for_names_that_the_config_lacks(place, target):
+    config = ROOT / "config/config.yaml"
+    done = snakemake(place, "--configfile", config, "--dry-run", "--cores", 1, target)
+    assert done.returncode != 0
+    assert "MissingRuleException" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        (
+            {"mask": {"betta": 1}},
+            "config: mask.betta: unknown key; did you mean beta? (and 2 more)",
+        ),
+        ({"run": 3}, "config: run: should be a valid string, not 3"),
+    ],
+)
+def test_a_bad_config_is_one_line_and_nothing_is_written(tmp_path, changes, line):
+    place = tmp_path / "place"
+    place.mkdir()
+    config = write_config(tmp_path, **changes)
+    done = snakemake(place, "--configfile", config, "--cores", 1, "--workflow-profile", "none")
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [line]
+    assert [path.name for path in place.iterdir()] in ([], [".snakemake"])
+
+
+def test_the_workflow_passes_snakemakes_linter(place):
+    done = snakemake(place, "--configfile", ROOT / "config/config.yaml", "--lint")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory):
+    """A copy of the workflow and its package that tests may edit, with its prompts made."""
+    folder = tmp_path_factory.mktemp("house")
+    shutil.copy(ROOT / "Snakefile", folder)
+    for name in ("workflow", "config", "ecodiff"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    prompts = {name: {"source": "shapeworld", "count": 3} for name in ("calibration", "evaluation")}
+    write_config(folder / "config", prompts=prompts)
+    done = snakemake(folder, *made(folder), "--cores", 1, root=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def made(folder):
+    return [f"results/demo/prompts/{name}.parquet" for name in ("calibration", "evaluation")]
+
+
+def again(folder):
+    """Which prompt sets a dry-run would make anew."""
+    done = snakemake(folder, *made(folder), "--dry-run", "--cores", 1, root=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return sorted(set(re.findall(r"wildcards: set=(\w+)", done.stdout + done.stderr)))
+
+
+@pytest.mark.slow
+def test_what_is_made_is_not_made_again(house):
+    assert again(house) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("module", "sets"),
+    [("prompts.py", ["calibration", "evaluation"]), ("generate.py", []), ("toys/sdxl.py", [])],
+)
+def test_an_edit_of_the_package_reruns_the_stages_that_it_touches(house, module, sets):
+    file = house / "ecodiff" / module
+    before = file.read_text()
+    file.write_text(f"{before}\nEDITED = True\n")
+    try:
+        assert again(house) == sets
+    finally:
+        file.write_text(before)
+
+
+@pytest.mark.slow
+def test_an_edit_of_a_key_reruns_what_reads_it(house):
+    file = house / "config/config.yaml"
+    before = file.read_text()
+    config = yaml.safe_load(before)
+    config["prompts"]["evaluation"]["seed"] = 8
+    config["mask"]["iterations"] = 7
+    file.write_text(yaml.safe_dump(config))
+    try:
+        assert again(house) == ["evaluation"]
+    finally:
+        file.write_text(before)
+
+
+@pytest.mark.slow
+def test_all_stages_run_on_a_tiny_model(tmp_path):
+    from tiny import tiny_flux
+
+    from ecodiff.toys import clip
+
+    tiny_flux().save_pretrained(tmp_path / "tiny")
+    clip.save(clip.CLIP(**clip.CONFIG), tmp_path / "clip")
+    call = {"num_inference_steps": 2, "max_sequence_length": 16, "height": 64, "width": 64}
+    prompts = {"source": "shapeworld", "split": "held-out", "count": 4}
+    config = {
+        "run": "small",
+        "models": {"tiny": {"source": "tiny", "call": call, "load": {"device": "cpu"}}},
+        "variants": [
+            {"method": "ecodiff", "sparsities": [0.2], "retrain": "lora"},
+            {"method": "magnitude", "sparsities": [0.2], "compensation": True},
+        ],
+        "prompts": {"calibration": {**prompts, "split": "train", "seed": 9}, "evaluation": prompts},
+        "mask": {"iterations": 2, "batch": 2},
+        "retrain": {"lora": {"steps": 1, "batch": 2, "rank": 2}},
+        "generate": {"shard_size": 3},
+        "evaluate": {
+            "features": "clip",
+            "clip_model": "local-dir:clip",
+            "clip_pretrained": None,
+            "efficiency": {"repeats": 1, "warmup": 0},
+            "mask_cost": {"steps": [1, 2], "batch": 1},
+        },
+    }
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(config))
+    done = snakemake(tmp_path, "--configfile", "small.yaml", "--cores", 2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = tmp_path / "results/small"
+    table = pd.read_csv(results / "tables/main.csv")
+    assert table["variant"].tolist() == ["dense", "ecodiff-20-lora", "magnitude-20-comp"]
+    assert table["sparsity"].tolist() == pytest.approx([0, 0.2, 0.2], abs=0.02)
+    assert len(list((results / "figures").glob("*.png"))) == 6
+    assert "ecodiff" in done.stdout.lower()
+    assert "tables: results/small/tables" in done.stdout
+    resolved = load_config(results / "config.yaml")
+    assert resolved.models["tiny"].mask.iterations == 2
