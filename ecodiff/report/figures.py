@@ -1,0 +1,238 @@
+"""The figures of a run: each is a function of its results and a model. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("agg")
+
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+
+from ecodiff.artifacts import atomic
+from ecodiff.config import Variant
+from ecodiff.errors import UserError
+from ecodiff.report import pictures
+from ecodiff.report.results import Results
+from ecodiff.report.style import COST, MARKERS, QUALITY, RETRAINED, colour, label, method
+
+plt.rcParams.update(
+    {
+        "figure.constrained_layout.use": True,
+        "savefig.dpi": 150,
+        "font.size": 10,
+        "axes.titlesize": 11,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.alpha": 0.3,
+        "legend.frameon": False,
+        "pdf.fonttype": 42,  # text stays text
+    }
+)
+REMOVED = "Parameters removed (% of the denoiser)"
+_QUARTILES = ("low", "high")
+COMPARED_TO_DENSE = {"ssim", "psnr", "latent_error"}  # the dense model itself is no reference there
+
+
+def quality(results: Results, model: str) -> Figure:
+    """Each quality metric against the share of parameters removed, a line a method."""
+    variants = results.of(model)
+    found = {variant: results.quality(model, variant) for variant in variants}
+    shares = {variant: 100 * results.sparsity(model, variant) for variant in variants}
+    shown = [one for one in QUALITY if any(f[one.key] is not None for f in found.values())]
+    figure, axes = plt.subplots(2, 4, figsize=(15, 7))
+    for axis, metric in zip(axes.flat, shown, strict=False):
+        for line in _lines(variants):
+            # One that equals the dense pictures has no finite PSNR, and no place on the axis.
+            points = [(shares[v], found[v][metric.key]) for v in line]
+            points = [(x, metric.scale * y) for x, y in points if y is not None]
+            axis.plot(*zip(*points, strict=True), label=method(line[0]), **_look(line[0]))
+        if metric.key not in COMPARED_TO_DENSE and variants[0].is_dense:
+            dense = metric.scale * found[variants[0]][metric.key]
+            axis.axhline(dense, color=colour(variants[0]), linestyle=":", label="Dense")
+        axis.set(title=metric.title, ylabel=metric.name, xlabel=REMOVED)
+        axis.set_xticks(_at_most(10, sorted({variant.percent for variant in variants[1:]})))
+        if metric.key == "latent_error":
+            _decades(axis)
+    _legend(axes.flat[0], list(axes.flat[len(shown) :]), figure)
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.12)
+    figure.suptitle(f"{model}: quality against sparsity", fontsize=13)
+    return figure
+
+
+def cost(results: Results, model: str) -> Figure:
+    """What each variant costs: size, work, time and memory, and the change from the dense model."""
+    measured = results.efficiency(model)
+    if measured is None:
+        raise UserError(f"report: {model} has no efficiency.json; evaluate.efficiency is null")
+    variants = results.of(model)
+    dense = measured[variants[0].name]
+    columns = [one for one in COST if not one.key.startswith("denoiser")]
+    figure, axes = plt.subplots(
+        1, len(columns), figsize=(3 * len(columns) + 2, 1.2 + 0.36 * len(variants)), sharey=True
+    )
+    for axis, quantity in zip(axes, columns, strict=True):
+        values = [quantity.scale * measured[v.name][quantity.key] for v in variants]
+        axis.barh([label(v) for v in variants], values, color=[colour(v) for v in variants])
+        ends = values
+        if quantity.key == "latency_ms_per_image":
+            low, ends = (
+                [measured[v.name][f"latency_ms_{k}"] for v in variants] for k in _QUARTILES
+            )
+            axis.hlines(range(len(variants)), low, ends, color="#666666")
+        texts = [quantity.show(dense[quantity.key])]
+        for variant in variants[1:]:
+            change = measured[variant.name][quantity.key] / dense[quantity.key] - 1
+            texts.append(f"{100 * change:+.0f} %")
+        for row, (end, text) in enumerate(zip(ends, texts, strict=True)):
+            axis.annotate(
+                text, (end, row), (5, 0), textcoords="offset points", va="center", size=8.5
+            )
+        axis.set(xlabel=quantity.name, xlim=(0, 1.3 * max(ends)))
+        axis.grid(axis="y", visible=False)
+        axis.xaxis.set_major_locator(MaxNLocator(4))
+    axes[0].invert_yaxis()
+    title = f"{model}: cost of each variant, and its change from dense ({dense['device']})"
+    figure.suptitle(title, fontsize=13)
+    return figure
+
+
+def learning(results: Results, model: str) -> Figure:
+    """How masks were learned and pruned models retrained."""
+    curves = {v: results.learning(model, v) for v in results.masks(model)}
+    curves = {v: curve for v, curve in curves.items() if len(curve)}
+    retrained = [v for v in results.of(model) if v.retrain]
+    figure, axes = plt.subplots(1, 2 + bool(retrained), figsize=(5 * (2 + bool(retrained)), 4))
+    shades = plt.get_cmap("viridis")
+    for number, (variant, curve) in enumerate(curves.items()):
+        look = {"color": shades(0.85 * number / max(len(curves) - 1, 1)), "linewidth": 1.6}
+        smooth = curve["distortion"].rolling(10, min_periods=1).mean()
+        axes[0].plot(curve["iteration"], curve["distortion"], **{**look, "alpha": 0.25})
+        axes[0].plot(curve["iteration"], smooth, label=label(variant), **look)
+        axes[1].plot(
+            curve["iteration"], 100 * curve["expected_sparsity"], label=label(variant), **look
+        )
+        if "target_sparsity" in curve:
+            aim = 100 * curve["target_sparsity"]
+            axes[1].plot(curve["iteration"], aim, linestyle=":", color=look["color"])
+    axes[0].set(title="Distortion (line: mean of 10)", ylabel="Relative squared error of z0")
+    axes[1].set(
+        title="Sparsity (dotted: target)", ylabel="Expected share removed (% of parameters)"
+    )
+    for axis in axes[:2]:
+        axis.set_xlabel("Iteration of mask learning")
+    _decades(axes[0])
+    for variant in retrained:
+        curve = results.retraining(model, variant)
+        smooth = curve["loss"].rolling(20, min_periods=1).mean()
+        axes[2].plot(curve["step"], curve["loss"], color=colour(variant), alpha=0.25)
+        axes[2].plot(curve["step"], smooth, color=colour(variant), label=label(variant))
+        axes[2].set(
+            title="Retraining (line: mean of 20)",
+            ylabel="Training loss (mean squared error)",
+            xlabel="Step of retraining",
+        )
+    for axis in axes:
+        if axis.get_lines():
+            axis.legend()
+    figure.suptitle(f"{model}: learning curves", fontsize=13)
+    return figure
+
+
+def mask_cost(results: Results, model: str) -> Figure:
+    """Time and memory of a mask-learning iteration, with and without time-step checkpointing."""
+    table = results.mask_cost(model)
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
+    looks = {
+        True: ("with checkpointing", {"color": "#0072B2", "marker": "o"}),
+        False: ("without", {"color": "#D55E00", "marker": "s", "linestyle": "--"}),
+    }
+    for checkpoint, rows in table.groupby("checkpoint"):
+        name, look = looks[bool(checkpoint)]
+        axes[0].plot(rows["steps"], rows["seconds"], label=name, **look)
+        axes[1].plot(rows["steps"], rows["peak_memory_mb"], label=name, **look)
+    axes[0].set(title="Time", ylabel="Seconds an iteration")
+    axes[1].set(title="Memory", ylabel="Peak memory (MB)")
+    for axis in axes:
+        axis.set(xlabel="Denoising steps", xticks=sorted(set(table["steps"])))
+        axis.set_ylim(bottom=0)
+        axis.legend()
+    figure.suptitle(f"{model}: one iteration of mask learning", fontsize=13)
+    return figure
+
+
+# Figures may be asked for by these names.
+FIGURES: dict[str, Callable[[Results, str], Figure]] = {
+    "quality": quality,
+    "pictures": pictures.pictures,
+    "removed": pictures.removed,
+    "learning": learning,
+    "cost": cost,
+    "mask-cost": mask_cost,
+}
+
+
+def draw(name: str, results: Results, model: str, folder: Path) -> None:
+    """Draws a figure of `FIGURES` to `<folder>/<name>-<model>.png` and `.pdf`.
+
+    Raises:
+        UserError: no such figure or model, or a file that it needs is missing.
+    """
+    if name not in FIGURES:
+        raise UserError(f"figure: {name!r} is not one of {', '.join(FIGURES)}")
+    figure = FIGURES[name](results, model)
+    for suffix in ("png", "pdf"):
+        with atomic(folder / f"{name}-{model}.{suffix}") as path:
+            figure.savefig(path)
+    plt.close(figure)
+
+
+def _lines(variants: Iterable[Variant]) -> list[list[Variant]]:
+    """Pruned variants by all but their sparsity, sorted by it."""
+    lines: dict[str, list[Variant]] = {}
+    for variant in variants:
+        if not variant.is_dense:
+            lines.setdefault(method(variant), []).append(variant)
+    return [sorted(line, key=lambda variant: variant.percent) for line in lines.values()]
+
+
+def _look(variant: Variant) -> dict[str, object]:
+    look = {"color": colour(variant), "marker": MARKERS[variant.retrain], "markersize": 6}
+    if RETRAINED[variant.retrain]:
+        look |= {"linestyle": ":", "markersize": 9, "markeredgecolor": "black"}
+    elif variant.compensation:
+        look |= {"linestyle": "--", "marker": "D"}
+    return look
+
+
+def _at_most(count: int, values: list[int]) -> list[int]:
+    """Evenly chosen values, few enough to be readable as ticks."""
+    return values[:: -(-len(values) // count)] if values else []
+
+
+def _decades(axis: Axes) -> None:
+    """A logarithmic axis with plain numbers."""
+    axis.set_yscale("log")
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    low, high = axis.get_ylim()
+    if high / low < 20:
+        axis.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    else:
+        axis.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _legend(source: Axes, free: list[Axes], figure: Figure) -> None:
+    """The legend of a panel in the first free place, or below all."""
+    for axis in free:
+        axis.set_axis_off()
+    handles, names = source.get_legend_handles_labels()
+    if free:
+        free[0].legend(handles, names, loc="center", fontsize=11)
+    else:
+        figure.legend(handles, names, loc="outside lower center", ncols=4)

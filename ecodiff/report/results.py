@@ -1,0 +1,124 @@
+"""Reads a run's folder: the one place of the report that knows where stages leave what."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+
+from ecodiff.config import Variant
+from ecodiff.errors import UserError
+
+SIDE = 256  # pixels; more than a cell of the picture grid shows
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a run found.
+
+    Attributes:
+        folder: `results/<run>`.
+        variants: model -> names of its variants, in the order in which they are shown.
+        prompts: table of the evaluation prompts (parquet).
+        examples: how many of them the picture grid shows.
+    """
+
+    folder: Path
+    variants: Mapping[str, Sequence[str]]
+    prompts: Path
+    examples: int = 8
+
+    def of(self, model: str) -> list[Variant]:
+        """The variants of a model."""
+        if model not in self.variants:
+            raise UserError(f"report: no model {model!r}; there are {', '.join(self.variants)}")
+        return [Variant.parse(name) for name in self.variants[model]]
+
+    def masks(self, model: str) -> list[Variant]:
+        """The variants that are a mask and nothing else, one for each mask of a model."""
+        pruned = [variant for variant in self.of(model) if not variant.is_dense]
+        return list(dict.fromkeys(Variant(v.method, v.percent) for v in pruned))
+
+    def quality(self, model: str, variant: Variant) -> dict[str, Any]:
+        """What `evaluate quality` found."""
+        return _json(self.folder / model / variant.name / "quality.json")
+
+    def efficiency(self, model: str) -> dict[str, dict[str, Any]] | None:
+        """What `evaluate efficiency` found for each variant; None when it was not measured."""
+        path = self.folder / model / "efficiency.json"
+        if not path.exists():
+            return None
+        found = _json(path)
+        missing = [name for name in self.variants[model] if name not in found]
+        if missing:
+            raise UserError(f"{path}: has no variant {missing[0]}; evaluate again")
+        return found
+
+    def mask_cost(self, model: str) -> pd.DataFrame:
+        """What `evaluate mask-cost` found."""
+        return _csv(self.folder / model / "mask_cost.csv")
+
+    def sparsity(self, model: str, variant: Variant) -> float:
+        """The exact share of the denoiser's parameters that a variant's mask removes."""
+        if variant.is_dense:
+            return 0.0
+        return json.loads(self._mask(model, variant)[1]["ecodiff"])["sparsity"]
+
+    def removed(self, model: str, variant: Variant) -> dict[str, float]:
+        """Structure name -> the share of its units that a variant's mask removes."""
+        kept, _ = self._mask(model, variant)
+        return {name: 1 - float(stays.mean()) for name, stays in kept.items()}
+
+    def learning(self, model: str, variant: Variant) -> pd.DataFrame:
+        """How the mask of a variant was learned; no rows when its scores were not learned."""
+        path = self.folder / model / "masks" / variant.mask / "history.csv"
+        return _csv(path) if path.exists() else pd.DataFrame(columns=["iteration"])
+
+    def retraining(self, model: str, variant: Variant) -> pd.DataFrame:
+        """How a variant was retrained."""
+        return _csv(self.folder / model / variant.name / "model" / "history.csv")
+
+    def captions(self) -> pd.Series:
+        """The evaluation prompts by their index."""
+        return pd.read_parquet(self.prompts).set_index("index")["prompt"]
+
+    def picture(self, model: str, variant: Variant, index: int) -> np.ndarray:
+        """The picture of a prompt, made smaller than `SIDE`: uint8 (height, width, 3)."""
+        folder = self.folder / model / variant.name / "images"
+        found = list(folder.glob(f"*/{index:05d}.png"))
+        if not found:
+            raise UserError(f"report: {folder} has no picture of prompt {index}")
+        image = Image.open(found[0]).convert("RGB")
+        image.thumbnail((SIDE, SIDE))
+        return np.asarray(image)
+
+    def _mask(self, model: str, variant: Variant) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+        path = self.folder / model / "masks" / variant.mask / "mask.safetensors"
+        try:
+            with safe_open(path, framework="np") as file:
+                kept = [key for key in file.keys() if key.startswith("kept/")]  # noqa: SIM118
+                found = {key.removeprefix("kept/"): file.get_tensor(key) for key in kept}
+                return found, file.metadata()
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path}: cannot be read: {error}") from error
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+
+
+def _csv(path: Path) -> pd.DataFrame:
+    try:
+        return pd.read_csv(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error

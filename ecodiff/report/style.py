@@ -1,0 +1,95 @@
+"""How methods and quantities look and are called, the same in every table and figure."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ecodiff.config import Variant
+
+# Okabe and Ito's palette, which people with any kind of colour vision can tell apart; the lighter
+# of two neighbours is the same method with compensation.
+COLOURS = {
+    ("dense", False): "#000000",
+    ("ecodiff", False): "#0072B2",
+    ("ecodiff", True): "#56B4E9",
+    ("magnitude", False): "#D55E00",
+    ("magnitude", True): "#E69F00",
+    ("random", False): "#009E73",
+    ("random", True): "#CC79A7",
+}
+MARKERS = {None: "o", "lora": "^", "full": "s"}
+METHODS = {"dense": "Dense", "ecodiff": "EcoDiff", "magnitude": "Magnitude", "random": "Random"}
+RETRAINED = {None: "", "lora": " + LoRA", "full": " + retraining"}
+
+
+def colour(variant: Variant) -> str:
+    """The colour of a variant's method."""
+    return COLOURS[variant.method, variant.compensation]
+
+
+def method(variant: Variant) -> str:
+    """What a variant's method is called, such as "EcoDiff + least squares"."""
+    compensated = " + least squares" if variant.compensation else ""
+    return METHODS[variant.method] + compensated + RETRAINED[variant.retrain]
+
+
+def label(variant: Variant) -> str:
+    """What a variant is called, such as "EcoDiff + least squares, 20 %"."""
+    return method(variant) if variant.is_dense else f"{method(variant)}, {variant.percent} %"
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A measured quantity, as files hold it and as people read it.
+
+    Attributes:
+        key: its column in main.csv.
+        name: its name with its unit.
+        scale: what a value is multiplied with to be of that unit.
+        digits: how it is printed.
+        better: "higher", "lower" or None.
+        short: its name where there is little room, unit included.
+    """
+
+    key: str
+    name: str
+    scale: float = 1.0
+    digits: str = ".2f"
+    better: str | None = None
+    short: str = ""
+
+    @property
+    def title(self) -> str:
+        """The name with an arrow to the better side."""
+        return self.name + {"higher": " ↑", "lower": " ↓", None: ""}[self.better]
+
+    def show(self, value: float | None) -> str:
+        """A value of the files as text; a missing one is a dash, an infinite one ∞."""
+        if value is None or math.isnan(value):
+            return "-"
+        return "∞" if math.isinf(value) else format(value * self.scale, self.digits)
+
+
+QUALITY = (
+    Quantity("fid", "FID", better="lower", short="FID"),
+    Quantity("kid", "KID (10⁻³)", 1e3, better="lower", short="KID 10⁻³"),
+    Quantity("clip_score", "CLIP score (cosine)", digits=".3f", better="higher", short="CLIP"),
+    Quantity("scene_accuracy", "Scene accuracy (%)", 100, ".1f", "higher", short="scenes %"),
+    Quantity("ssim", "SSIM to dense", digits=".3f", better="higher", short="SSIM"),
+    Quantity("psnr", "PSNR to dense (dB)", better="higher", digits=".1f", short="PSNR dB"),
+    Quantity(
+        "latent_error", "Relative latent error", digits=".4f", better="lower", short="z0 error"
+    ),
+)
+COST = (
+    Quantity("parameters", "Parameters (M)", 1e-6),
+    Quantity("denoiser_parameters", "Denoiser parameters (M)", 1e-6, short="params M"),
+    Quantity("gmacs", "GMACs an image"),
+    Quantity("latency_ms_per_image", "Time an image (ms)", digits=".1f", short="ms"),
+    Quantity("peak_memory_mb", "Peak memory (MB)", digits=".1f"),
+    Quantity("disk_mb", "Weights on disk (MB)", digits=".1f"),
+    Quantity("denoiser_disk_mb", "Denoiser on disk (MB)", digits=".1f"),
+)
+TARGET = Quantity("target_sparsity", "Target sparsity (%)", 100, ".0f", short="aim %")
+EXACT = Quantity("sparsity", "Exact sparsity (%)", 100, short="cut %")

@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from PIL import Image
+from synthetic import write_run
+
+from ecodiff.errors import UserError
+from ecodiff.report.figures import FIGURES, draw
+from ecodiff.report.pictures import _depth, _short
+from ecodiff.report.results import Results
+from ecodiff.report.style import QUALITY, method
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return write_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    plt.close("all")
+
+
+def panels(figure: Figure) -> dict[str, plt.Axes]:
+    return {axis.get_title(): axis for axis in figure.axes if axis.axison}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_axis_is_named_and_no_tick_label_is_lost(name: str, results: Results) -> None:
+    figure = FIGURES[name](results, "toy-flux")
+    figure.canvas.draw()
+    page = figure.bbox.padded(1)
+    for axis in figure.axes:
+        # Rows of variants and pictures speak for themselves; a colour bar has one axis.
+        assert name == "pictures" or not axis.axison or axis.get_xlabel() or axis.get_ylabel()
+        if name in ("quality", "learning", "mask-cost") and axis.axison:
+            assert axis.get_xlabel() and axis.get_ylabel()
+    for text in figure.findobj(lambda one: hasattr(one, "get_text") and one.get_visible()):
+        if text.get_text() and text.axes is not None and text.axes.axison:
+            box = text.get_window_extent()
+            assert page.x0 <= box.x0 and box.x1 <= page.x1, text.get_text()
+
+
+def test_quality_has_a_panel_a_metric_and_a_line_a_method(results: Results) -> None:
+    axes = panels(FIGURES["quality"](results, "toy-sdxl"))
+    assert list(axes) == [metric.title for metric in QUALITY]
+    fid = {line.get_label(): line for line in axes["FID ↓"].get_lines()}
+    methods = {method(v) for v in results.of("toy-sdxl") if not v.is_dense}
+    assert set(fid) == methods | {"Dense"}
+    found = [results.quality("toy-sdxl", v)["fid"] for v in results.of("toy-sdxl")]
+    assert list(fid["EcoDiff"].get_ydata()) == found[1:4]
+    assert fid["EcoDiff"].get_xdata() == pytest.approx([10.04, 20.04, 30.04])
+
+
+def test_a_metric_that_was_not_measured_has_no_panel(tmp_path: Path) -> None:
+    results = write_run(tmp_path, ("toy-sdxl",))
+    for path in tmp_path.rglob("quality.json"):
+        path.write_text(
+            path.read_text().replace('"scene_accuracy": 0.', '"scene_accuracy": null, "x": 0.')
+        )
+    assert "Scene accuracy (%) ↑" not in panels(FIGURES["quality"](results, "toy-sdxl"))
+
+
+def test_removed_shows_the_share_of_units_in_the_order_of_the_forward_pass(
+    results: Results,
+) -> None:
+    axes = panels(FIGURES["removed"](results, "toy-flux"))
+    assert set(axes) >= {"Attention heads", "FFN neurons", "Modulation channels"}
+    neurons = axes["FFN neurons"]
+    masks = results.masks("toy-flux")
+    shown = neurons.get_images()[0].get_array()
+    single = [label.get_text() for label in neurons.get_xticklabels()].index("single 10")
+    expected = results.removed("toy-flux", masks[2])["single_transformer_blocks.10.neurons"]
+    assert shown[2, single] == pytest.approx(100 * expected)
+    assert shown.shape == (9, 14)
+
+
+def test_layers_are_ordered_as_they_run_and_named_shortly() -> None:
+    names = [
+        "single_transformer_blocks.10.attn.heads",
+        "single_transformer_blocks.9.attn.heads",
+        "transformer_blocks.2.attn.heads",
+        "norm_out.modulation",
+    ]
+    assert sorted(names, key=_depth) == [names[2], names[1], names[0], names[3]]
+    unet = ["up_blocks.0.x.heads", "mid_block.x.heads", "down_blocks.1.x.heads"]
+    assert sorted(unet, key=_depth) == unet[::-1]
+    long = "down_blocks.1.attentions.0.transformer_blocks.3.attn1.heads"
+    assert _short(long) == "down 1.0.3 attn1"
+    assert _short("mid_block.attentions.0.transformer_blocks.1.ff.neurons") == "mid 0.1 ff"
+    assert _short(names[0]) == "single 10 attn"
+    assert _short(names[2]) == "double 2 attn"
+    assert _short(names[3]) == "norm_out"
+
+
+def test_the_grid_holds_the_pictures_themselves(results: Results) -> None:
+    figure = FIGURES["pictures"](results, "toy-sdxl")
+    mosaic = figure.axes[0].get_images()[0].get_array()
+    variants = results.of("toy-sdxl")
+    size = 64 + 6
+    assert mosaic.shape == (results.examples * size, len(variants) * size, 3)
+    place = mosaic[2 * size : 2 * size + 64, 5 * size : 5 * size + 64]
+    assert (place == results.picture("toy-sdxl", variants[5], 2)).all()
+    assert "30 %" in figure.axes[0].get_xticklabels()[3].get_text()
+
+
+def test_cost_bars_are_the_measured_values(results: Results) -> None:
+    figure = FIGURES["cost"](results, "toy-sdxl")
+    memory = next(axis for axis in figure.axes if axis.get_xlabel() == "Peak memory (MB)")
+    measured = results.efficiency("toy-sdxl")
+    widths = [patch.get_width() for patch in memory.patches]
+    assert widths == [one["peak_memory_mb"] for one in measured.values()]
+
+
+def test_an_iteration_that_does_not_fit_leaves_a_gap(tmp_path: Path) -> None:
+    results = write_run(tmp_path, ("toy-sdxl",))
+    path = tmp_path / "toy-sdxl" / "mask_cost.csv"
+    table = pd.read_csv(path)
+    table.loc[table["steps"] == 16, ["seconds", "peak_memory_mb"]] = None
+    table.to_csv(path, index=False)
+    axes = panels(FIGURES["mask-cost"](results, "toy-sdxl"))
+    assert len(axes) == 2
+
+
+def test_figures_are_written_as_png_and_pdf(results: Results, tmp_path: Path) -> None:
+    draw("mask-cost", results, "toy-sdxl", tmp_path)
+    assert Image.open(tmp_path / "mask-cost-toy-sdxl.png").size == (1500, 600)
+    assert (tmp_path / "mask-cost-toy-sdxl.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_unknown_figures_and_models_are_refused(results: Results, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"figure: 'pie' is not one of quality, pictures"):
+        draw("pie", results, "toy-sdxl", tmp_path)
+    with pytest.raises(UserError, match=r"no model 'sd4'; there are toy-sdxl, toy-flux"):
+        draw("quality", results, "sd4", tmp_path)
+    assert not list(tmp_path.iterdir())

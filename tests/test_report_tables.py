@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from rich.console import Console
+from synthetic import PRUNED, write_run
+
+from ecodiff.errors import UserError
+from ecodiff.report.results import Results
+from ecodiff.report.style import QUALITY, colour, label, method
+from ecodiff.report.tables import main_table, print_table, write_tables
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return write_run(tmp_path_factory.mktemp("run"), ("toy-sdxl",))
+
+
+def test_a_row_for_each_variant_with_the_values_of_its_files(results: Results) -> None:
+    table = main_table(results).set_index("variant")
+    assert list(table.index) == ["dense", *PRUNED]
+    row = table.loc["ecodiff-20-comp"]
+    folder = results.folder / "toy-sdxl"
+    judged = json.loads((folder / "ecodiff-20-comp" / "quality.json").read_text())
+    cost = json.loads((folder / "efficiency.json").read_text())["ecodiff-20-comp"]
+    for key in ("fid", "kid", "clip_score", "scene_accuracy", "ssim", "psnr", "latent_error"):
+        assert row[key] == judged[key]
+    for key in ("parameters", "gmacs", "latency_ms_per_image", "peak_memory_mb", "disk_mb"):
+        assert row[key] == cost[key]
+    assert row["method"] == "EcoDiff + least squares"
+    assert row["target_sparsity"] == 0.2
+
+
+def test_exact_sparsity_is_that_of_the_counted_parameters(results: Results) -> None:
+    row = main_table(results).set_index("variant").loc["magnitude-30"]
+    assert row["sparsity"] == 1 - 2098800 / 3000000  # not the target
+    assert main_table(results)["sparsity"][0] == 0
+
+
+def test_unmeasured_efficiency_leaves_its_columns_out(tmp_path: Path) -> None:
+    results = write_run(tmp_path, ("toy-flux",))
+    (tmp_path / "toy-flux" / "efficiency.json").unlink()
+    table = main_table(results)
+    assert table["sparsity"][3] == pytest.approx(0.3004)  # the mask's
+    write_tables(table, tmp_path / "tables")
+    assert "GMACs" not in (tmp_path / "tables" / "main.md").read_text()
+
+
+def test_the_csv_reads_back_and_identical_pictures_have_infinite_psnr(
+    results: Results, tmp_path: Path
+) -> None:
+    table = main_table(results)
+    write_tables(table, tmp_path)
+    again = pd.read_csv(tmp_path / "main.csv")
+    pd.testing.assert_frame_equal(again, table)
+    assert np.isinf(again["psnr"][0])
+
+
+def test_every_number_of_the_markdown_stands_under_a_name_with_its_unit(
+    results: Results, tmp_path: Path
+) -> None:
+    write_tables(main_table(results), tmp_path)
+    header, _, dense, first, *_ = (tmp_path / "main.md").read_text().splitlines()[2:]
+    cells = dict(zip(header.split("|"), first.split("|"), strict=True))
+    assert cells[" Scene accuracy (%) ↑ "] == " 94.4 "
+    assert cells[" Parameters (M) "] == " 4.20 "
+    assert cells[" Time an image (ms) "].strip().startswith("3")
+    assert cells[" Exact sparsity (%) "] == " 10.04 "
+    assert (
+        dict(zip(header.split("|"), dense.split("|"), strict=True))[" PSNR to dense (dB) ↑ "]
+        == " ∞ "
+    )
+
+
+def test_the_latex_is_ascii_and_escaped(results: Results, tmp_path: Path) -> None:
+    write_tables(main_table(results), tmp_path)
+    text = (tmp_path / "main.tex").read_text()
+    assert text.isascii()
+    assert r"Scene accuracy (\%) $\uparrow$" in text
+    rows = [line for line in text.splitlines() if line.startswith("toy-sdxl")]
+    assert len(rows) == len(PRUNED) + 1
+    assert {row.count(" & ") for row in rows} == {17}
+
+
+def test_published_results_stand_below_ours(results: Results, tmp_path: Path) -> None:
+    published = tmp_path / "published.csv"
+    published.write_text("model,method,coco_fid\nSDXL,dense,27.43\nSDXL,EcoDiff,\n")
+    write_tables(main_table(results), tmp_path, published)
+    assert "| SDXL | dense | 27.43 |\n| SDXL | EcoDiff | - |" in (tmp_path / "main.md").read_text()
+    with pytest.raises(UserError, match=r"report\.published: .*none\.csv"):
+        write_tables(main_table(results), tmp_path, tmp_path / "none.csv")
+
+
+def test_the_printed_table_fits_its_width_without_cuts(results: Results) -> None:
+    out = io.StringIO()
+    print_table(main_table(results), Console(file=out, width=120))
+    text = out.getvalue()
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= 120
+    assert text.count("EcoDiff + least squares") == 3
+
+
+def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
+    results = write_run(tmp_path, ("toy-sdxl",))
+    path = tmp_path / "toy-sdxl" / "random-20" / "quality.json"
+    path.write_text("{")
+    with pytest.raises(UserError, match=r"random-20.quality\.json: cannot be read"):
+        main_table(results)
+    path.unlink()
+    with pytest.raises(UserError, match=r"random-20.quality\.json: cannot be read"):
+        main_table(results)
+
+
+def test_efficiency_of_an_older_run_is_refused(tmp_path: Path) -> None:
+    results = write_run(tmp_path, ("toy-sdxl",))
+    path = tmp_path / "toy-sdxl" / "efficiency.json"
+    measured = json.loads(path.read_text())
+    del measured["random-30"]
+    path.write_text(json.dumps(measured))
+    with pytest.raises(UserError, match=r"has no variant random-30"):
+        main_table(results)
+
+
+def test_methods_differ_in_colour_and_every_variant_in_name(results: Results) -> None:
+    variants = results.of("toy-sdxl")
+    assert len({label(variant) for variant in variants}) == len(variants)
+    plain = [variant for variant in variants if variant.retrain is None]
+    assert len({colour(v) for v in plain}) == len({method(v) for v in plain})
+    assert {one.better for one in QUALITY} == {"higher", "lower"}
+
+
+def test_the_report_starts_without_torch() -> None:
+    code = (
+        "import sys, ecodiff.report.tables, ecodiff.report.figures;sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
