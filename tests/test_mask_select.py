@@ -54,9 +54,10 @@ def test_overshoot_is_less_than_the_last_unit():
 
 
 def test_rounding_does_not_ask_for_another_unit():
-    """0.1 * 30 is a little more than 3."""
-    found = select([NEURONS], {"b.neurons": SCORES["b.neurons"]}, 0.1, 30)
-    assert int((~found["b.neurons"]).sum()) == 1
+    """0.28 * 75 is a little more than 21 in floating point; seven units of three are 21."""
+    ten = Structure("c.neurons", "neurons", 10, 1, (), (), unit_parameters=3)
+    found = select([ten], {"c.neurons": torch.arange(10.0)}, 0.28, 75)
+    assert int((~found["c.neurons"]).sum()) == 7
 
 
 @pytest.mark.parametrize("sparsity", [0.43, 1.5, -0.1, float("nan")])
