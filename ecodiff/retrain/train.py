@@ -138,8 +138,11 @@ def _lora(denoiser: nn.Module, settings: RetrainSettings) -> Iterator[list[nn.Pa
 def _full(denoiser: nn.Module, settings: RetrainSettings) -> Iterator[list[nn.Parameter]]:
     """All weights, in float32: steps of a small lr vanish in half precision."""
     dtype = denoiser.dtype
-    denoiser.to(torch.float32).requires_grad_(True)
+    if dtype != torch.float32:
+        denoiser.to(torch.float32)
+    denoiser.requires_grad_(True)
     try:
         yield [p for p in denoiser.parameters() if p.numel()]
     finally:
-        denoiser.to(dtype)
+        if dtype != torch.float32:
+            denoiser.to(dtype)
