@@ -19,7 +19,8 @@ def test_memory_grows_with_steps_only_without_checkpointing(family: str) -> None
         (6, False),
     ]
     peak = cost.set_index(["checkpoint", "steps"])["peak_memory_mb"]
-    assert peak[True, 6] < 1.05 * peak[True, 2]
-    assert peak[False, 6] > 1.5 * peak[False, 2]
+    grown = {checkpoint: peak[checkpoint, 6] - peak[checkpoint, 2] for checkpoint in (True, False)}
+    assert grown[False] > 0.3 * peak[False, 2]
+    assert grown[True] < 0.05 * grown[False]
     assert (cost["seconds"] > 0).all()
     assert all(p.requires_grad for p in pipe.vae.parameters())
