@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ecodiff.toys import text, world
-from ecodiff.toys.training import Recipe, fit, scenes
+from ecodiff.toys.training import DEVICE, Recipe, fit, scenes
 
 RECIPE = Recipe(steps=2000, batch=96, lr=1e-3)
 CONFIG = {
@@ -63,15 +63,15 @@ class _Matching(nn.Module):
 def train(recipe: Recipe = RECIPE) -> tuple[CLIP, float]:
     """The trained model and the seconds: contrastive on pictures and captions of the world."""
     torch.manual_seed(recipe.seed)
-    tokenizer, matching = text.t5_tokenizer(), _Matching()
+    tokenizer, matching = text.t5_tokenizer(), _Matching().to(DEVICE)
     batches = scenes(recipe)
 
     def loss_of_step(_: int) -> torch.Tensor:
         pixels, captions = next(batches)
-        return matching(pixels, tokenize(tokenizer, captions))
+        return matching(pixels.to(DEVICE), tokenize(tokenizer, captions).to(DEVICE))
 
     seconds = fit(matching, recipe, loss_of_step, "toy-clip")
-    return matching.clip, seconds
+    return matching.clip.cpu(), seconds
 
 
 def tokenize(tokenizer: text.T5Tokenizer, captions: list[str]) -> torch.Tensor:

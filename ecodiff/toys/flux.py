@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ecodiff.toys import text
-from ecodiff.toys.training import Recipe, fit, latent_batches
+from ecodiff.toys.training import DEVICE, Recipe, fit, latent_batches
 
 RECIPE = Recipe(steps=3600, batch=48, lr=1e-3, warmup=150)
 HEADS, HEAD_DIM = 6, 16
@@ -48,7 +48,7 @@ def build(vae: AutoencoderKL, heads: int = HEADS, double: int = 3, single: int =
 def train(vae: AutoencoderKL, recipe: Recipe = RECIPE) -> tuple[FluxPipeline, float]:
     """The trained pipeline (transformer and text encoders, flow matching) and the seconds."""
     torch.manual_seed(recipe.seed)
-    pipe = build(vae)
+    pipe = build(vae).to(DEVICE)
     trained = nn.ModuleList([pipe.transformer, pipe.text_encoder, pipe.text_encoder_2])
     batches = latent_batches(vae, recipe)
 
@@ -60,7 +60,7 @@ def train(vae: AutoencoderKL, recipe: Recipe = RECIPE) -> tuple[FluxPipeline, fl
         )
         clean = pipe._pack_latents(latents, n, channels, height, width)
         noise = torch.randn_like(clean)
-        sigma = torch.sigmoid(torch.randn(n))
+        sigma = torch.sigmoid(torch.randn(n, device=DEVICE))
         predicted = pipe.transformer(
             hidden_states=torch.lerp(clean, noise, sigma[:, None, None]),
             timestep=sigma,
@@ -74,4 +74,4 @@ def train(vae: AutoencoderKL, recipe: Recipe = RECIPE) -> tuple[FluxPipeline, fl
         return F.mse_loss(predicted, noise - clean)
 
     seconds = fit(trained, recipe, loss_of_step, "toy-flux")
-    return pipe, seconds
+    return pipe.to("cpu"), seconds

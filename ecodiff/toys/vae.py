@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch.nn import functional as F
 
-from ecodiff.toys.training import Recipe, fit, scenes
+from ecodiff.toys.training import DEVICE, Recipe, fit, scenes
 
 RECIPE = Recipe(steps=2400, batch=8, lr=1.5e-3)
 KL_WEIGHT = 1e-7
@@ -32,12 +32,12 @@ def build() -> AutoencoderKL:
 def train(recipe: Recipe = RECIPE) -> tuple[AutoencoderKL, float]:
     """The trained autoencoder, its scaling factor set to give unit latents, and the seconds."""
     torch.manual_seed(recipe.seed)
-    vae, batches = build(), scenes(recipe)
+    vae, batches = build().to(DEVICE), scenes(recipe)
     with torch.no_grad():
         vae.quant_conv.bias[vae.config.latent_channels :] = FIRST_LOG_VARIANCE
 
     def loss_of_step(_: int) -> torch.Tensor:
-        pixels, _captions = next(batches)
+        pixels = next(batches)[0].to(DEVICE)
         posterior = vae.encode(pixels).latent_dist
         decoded = vae.decode(posterior.sample()).sample
         error = F.mse_loss(decoded, pixels, reduction="none")
@@ -49,6 +49,7 @@ def train(recipe: Recipe = RECIPE) -> tuple[AutoencoderKL, float]:
 
     seconds = fit(vae, recipe, loss_of_step, "vae")
     with torch.no_grad():
-        latents = torch.cat([vae.encode(next(batches)[0]).latent_dist.mode() for _ in range(16)])
+        pictures = torch.cat([next(batches)[0] for _ in range(16)])
+        latents = vae.cpu().encode(pictures).latent_dist.mode()
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
     return vae, seconds

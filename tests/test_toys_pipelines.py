@@ -1,0 +1,69 @@
+"""The toys are genuine pipelines of the families that they stand for."""
+
+from __future__ import annotations
+
+import open_clip
+import pytest
+import torch
+
+from ecodiff.toys import clip, flux, sdxl, text, training, vae, world
+from ecodiff.toys.making import make
+from ecodiff.toys.training import Recipe
+
+LONGEST = "a small magenta triangle left of a large magenta triangle on maroon"
+
+
+@pytest.mark.parametrize("tokenizer", [text.clip_tokenizer(), text.t5_tokenizer()])
+def test_every_word_of_the_world_is_one_token(tokenizer):
+    assert all(len(tokenizer.tokenize(word)) == 1 for word in world.vocabulary())
+    assert len(tokenizer(LONGEST).input_ids) <= text.MAX_TOKENS
+
+
+@pytest.mark.parametrize("tokenizer", [text.clip_tokenizer(), text.t5_tokenizer()])
+def test_a_saved_tokenizer_reads_the_same(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    again = type(tokenizer).from_pretrained(tmp_path)
+    assert again(LONGEST).input_ids == tokenizer(LONGEST).input_ids
+
+
+def test_toy_sdxl_has_two_attention_levels_and_depth_beyond_one():
+    config = sdxl.build(vae.build()).unet.config
+    assert config.down_block_types.count("CrossAttnDownBlock2D") >= 2
+    assert "DownBlock2D" in config.down_block_types
+    assert max(config.transformer_layers_per_block) > 1
+
+
+def test_toy_flux_has_three_double_and_six_single_blocks():
+    transformer = flux.build(vae.build()).transformer
+    assert len(transformer.transformer_blocks) >= 3
+    assert len(transformer.single_transformer_blocks) >= 6
+
+
+def test_toy_clip_loads_through_open_clip_alone(tmp_path):
+    torch.manual_seed(0)
+    model = open_clip.model.CLIP(**clip.CONFIG).half().float().eval()
+    clip.save(model, tmp_path)
+    loaded, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}")
+    loaded.eval()
+    tokens = open_clip.get_tokenizer(f"local-dir:{tmp_path}")([LONGEST])
+    assert tokens.tolist() == clip.tokenize(text.t5_tokenizer(), [LONGEST]).tolist()
+    torch.testing.assert_close(loaded.encode_text(tokens), model.encode_text(tokens))
+
+
+def test_training_repeats_to_the_bit():
+    recipe = Recipe(steps=2, batch=2, lr=1e-3)
+    first, second = (vae.train(recipe)[0].state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_latents_have_unit_scale():
+    model = vae.train(Recipe(steps=1, batch=2, lr=1e-3))[0]
+    latents, captions = next(training.latent_batches(model, Recipe(1, 64, 0.0), pictures=64))
+    assert latents.shape == (64, 4, 16, 16)
+    assert len(captions) == 64
+    assert latents.std().item() == pytest.approx(1, abs=0.2)
+
+
+def test_an_unknown_toy_is_named(tmp_path):
+    with pytest.raises(Exception, match="toy-gan.*toy-vae, toy-sdxl"):
+        make("toy-gan", tmp_path)
