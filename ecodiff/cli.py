@@ -6,6 +6,7 @@ Settings are YAML or JSON: a file, or the text itself. Torch is imported by the 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -51,9 +52,10 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:<n>.")]
 
 def main() -> None:
     """Runs the command; an error of the user's is one line and exit status 2."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for library in ("httpx", "fontTools", "matplotlib"):
-        logging.getLogger(library).setLevel(logging.WARNING)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("ecodiff").setLevel(logging.INFO)
+    if not sys.stderr.isatty():  # logs want lines, not the libraries' bars
+        os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         app()
     except UserError as error:
@@ -223,8 +225,7 @@ def generate(
 def quality(
     table: Table,
     out: Out,
-    images: Annotated[list[Path], typer.Option(help="Shards of the variant; repeatable.")],
-    dense: Annotated[list[Path], typer.Option(help="Shards of the dense model; repeatable.")],
+    variant: Annotated[list[str], typer.Option(help="name=shard,shard,...; the dense one first.")],
     settings: Settings = None,
     device: Device = "auto",
 ) -> None:
@@ -234,9 +235,12 @@ def quality(
     from ecodiff.evaluate.samples import Samples
 
     chosen = read_settings(sections.EvaluateSettings, settings)
-    judge = Judge(read_prompts(table), Samples(dense), chosen, choose_device(device))
-    write_json(out, judge(Samples(images)))
-    write_manifest(out, "evaluate.quality", {"images": [*map(str, images)], **chosen.model_dump()})
+    named = (one.partition("=")[::2] for one in variant)
+    samples = {name: Samples([*map(Path, shards.split(","))]) for name, shards in named}
+    dense = next(iter(samples.values()))
+    judge = Judge(read_prompts(table), dense, chosen, choose_device(device))
+    write_json(out, {name: judge(pictures) for name, pictures in samples.items()})
+    write_manifest(out, "evaluate.quality", {"variants": variant, **chosen.model_dump()})
 
 
 @evaluate.command()

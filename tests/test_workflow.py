@@ -69,7 +69,8 @@ def test_the_demo_is_planned_whole(demo):
         len(load_config(ROOT / "config/config.yaml").variants_of(model))
         for model in ("toy-sdxl", "toy-flux")
     )
-    assert counts["generate"] == counts["quality"] == variants
+    assert counts["generate"] == variants
+    assert counts["quality"] == counts["efficiency"] == 2
     assert counts["tables"] == counts["figures"] == 1
 
 
@@ -171,7 +172,7 @@ def test_large_sets_are_generated_in_shards(place, tmp_path):
     "target",
     [
         "results/demo/toy-sdxl/ecodiff-11/model",
-        "results/demo/toy-sd/dense/quality.json",
+        "results/demo/toy-sd/quality.json",
         "results/demo/prompts/nothing.parquet",
         "results/other/tables/main.csv",
     ],
@@ -212,7 +213,8 @@ def test_the_workflow_passes_snakemakes_linter(place):
 def house(tmp_path_factory):
     """A copy of the workflow and its package that tests may edit, with its prompts made."""
     folder = tmp_path_factory.mktemp("house")
-    shutil.copy(ROOT / "Snakefile", folder)
+    for name in ("Snakefile", "environment.yml"):
+        shutil.copy(ROOT / name, folder)
     for name in ("workflow", "config", "ecodiff"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     prompts = {name: {"source": "shapeworld", "count": 3} for name in ("calibration", "evaluation")}
