@@ -57,11 +57,12 @@ def write_run(folder: Path, models: tuple[str, ...] = ("toy-sdxl", "toy-flux")) 
     pd.DataFrame({"index": range(10), "prompt": captions}).to_parquet(prompts)
     for model in models:
         names = ["dense", *PRUNED]
-        cost = {}
+        cost, quality = {}, {}
         for name in names:
             variant = Variant.parse(name)
-            _variant(folder / model, model, variant, scenes, rng)
+            quality[name] = _variant(folder / model, model, variant, scenes, rng)
             cost[name] = _cost(variant, rng)
+        (folder / model / "quality.json").write_text(json.dumps(quality))
         (folder / model / "efficiency.json").write_text(json.dumps(cost))
         _mask_cost().to_csv(folder / model / "mask_cost.csv", index=False)
     return Results(folder, {model: ["dense", *PRUNED] for model in models}, prompts)
@@ -74,7 +75,7 @@ def harm_of(variant: Variant) -> float:
 
 def _variant(
     folder: Path, model: str, variant: Variant, scenes: list[world.Scene], rng: np.random.Generator
-) -> None:
+) -> dict[str, float | None]:
     harm = harm_of(variant)
     quality = {
         "count": 256,
@@ -92,7 +93,6 @@ def _variant(
         path.parent.mkdir(parents=True, exist_ok=True)
         noisy = world.render(scene) + rng.normal(0, 200 * harm, (64, 64, 3))
         Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8)).save(path)
-    (folder / variant.name / "quality.json").write_text(json.dumps(quality))
     if variant.retrain:
         steps = np.arange(200)
         loss = 0.2 + np.exp(-steps / 60) * 0.2 + rng.normal(0, 0.02, 200)
@@ -101,7 +101,7 @@ def _variant(
         history.to_csv(folder / variant.name / "model" / "history.csv", index=False)
     mask = folder / "masks" / variant.mask
     if variant.is_dense or mask.exists():
-        return
+        return quality
     mask.mkdir(parents=True)
     kept = {
         f"kept/{name}": rng.random(4 if name.endswith("heads") else 256)
@@ -112,6 +112,7 @@ def _variant(
     save_file(kept, mask / "mask.safetensors", metadata={"ecodiff": json.dumps(info)})
     if variant.method == "ecodiff":
         _learning(variant, rng).to_csv(mask / "history.csv", index=False)
+    return quality
 
 
 def _learning(variant: Variant, rng: np.random.Generator) -> pd.DataFrame:

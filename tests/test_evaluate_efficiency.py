@@ -94,7 +94,5 @@ def test_variants_take_turns_and_the_median_is_reported(monkeypatch: pytest.Monk
 def test_an_image_of_a_batch_costs_what_one_alone_does() -> None:
     pipe = tiny_flux()
     one = efficiency(pipe, {"dense": pipe.transformer}, *PROMPT, CALLS["flux"], ONCE)
-    two = efficiency(
-        pipe, {"dense": pipe.transformer}, PROMPT[0] * 2, [7, 8], CALLS["flux"], ONCE
-    )
+    two = efficiency(pipe, {"dense": pipe.transformer}, PROMPT[0] * 2, [7, 8], CALLS["flux"], ONCE)
     assert two["dense"]["gmacs"] == pytest.approx(one["dense"]["gmacs"])

@@ -48,18 +48,13 @@ class Results:
 
     def quality(self, model: str, variant: Variant) -> dict[str, Any]:
         """What `evaluate quality` found."""
-        return _json(self.folder / model / variant.name / "quality.json")
+        return self._found(model, "quality.json")[variant.name]
 
     def efficiency(self, model: str) -> dict[str, dict[str, Any]] | None:
         """What `evaluate efficiency` found for each variant; None when it was not measured."""
-        path = self.folder / model / "efficiency.json"
-        if not path.exists():
+        if not (self.folder / model / "efficiency.json").exists():
             return None
-        found = _json(path)
-        missing = [name for name in self.variants[model] if name not in found]
-        if missing:
-            raise UserError(f"{path}: has no variant {missing[0]}; evaluate again")
-        return found
+        return self._found(model, "efficiency.json")
 
     def mask_cost(self, model: str) -> pd.DataFrame:
         """What `evaluate mask-cost` found."""
@@ -98,6 +93,15 @@ class Results:
         image = Image.open(found[0]).convert("RGB")
         image.thumbnail((SIDE, SIDE))
         return np.asarray(image)
+
+    def _found(self, model: str, file: str) -> dict[str, dict[str, Any]]:
+        """What was found for each variant of a model."""
+        path = self.folder / model / file
+        found = _json(path)
+        missing = [name for name in self.variants[model] if name not in found]
+        if missing:
+            raise UserError(f"{path}: has no variant {missing[0]}; evaluate again")
+        return found
 
     def _mask(self, model: str, variant: Variant) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         path = self.folder / model / "masks" / variant.mask / "mask.safetensors"

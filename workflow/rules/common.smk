@@ -162,20 +162,20 @@ def retraining_data(wildcards):
     return f"{RESULTS}/{wildcards.model}/{prompts}.safetensors"
 
 
-def shards(variant="{variant}"):
+def shards(model, variant):
     """The image shards of a variant."""
     count = -(-run.prompts[run.evaluate.prompts].count // run.generate.shard_size)
-    return [f"<results>/{{model}}/{variant}/images/{shard}" for shard in range(count)]
+    return [f"{RESULTS}/{model}/{variant.name}/images/{shard}" for shard in range(count)]
+
+
+def shards_of_variants(wildcards):
+    """The image shards of all variants of a model."""
+    return [s for v in run.variants_of(wildcards.model) for s in shards(wildcards.model, v)]
 
 
 def of_models(file):
     """A file of each model."""
     return [f"<results>/{model}/{file}" for model in run.models]
-
-
-def of_variants(file):
-    """A file of each variant."""
-    return [f"<results>/{model}/{variant.name}/{file}" for model, variant in VARIANTS]
 
 
 def of_masks(file):
@@ -192,6 +192,12 @@ def names_and_sources(wildcards):
     """All variants of a model with where they lie, as flags."""
     variants = run.variants_of(wildcards.model)
     return [f"--variant {v.name}={source(wildcards.model, v.name)}" for v in variants]
+
+
+def names_and_shards(wildcards):
+    """All variants of a model with their image shards, as flags."""
+    variants = run.variants_of(wildcards.model)
+    return [f"--variant {v.name}={','.join(shards(wildcards.model, v))}" for v in variants]
 
 
 def toy_vae(wildcards):

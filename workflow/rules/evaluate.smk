@@ -1,16 +1,16 @@
+# One job a model: networks, texts and real images are read once for all of its variants.
 rule quality:
     input:
         prompts=f"<results>/prompts/{run.evaluate.prompts}.parquet",
         pictures=f"<results>/prompts/{run.evaluate.prompts}",
-        dense=shards("dense"),
-        images=shards(),
+        images=shards_of_variants,
         clip=clip_files(),
     output:
-        "<results>/{model}/{variant}/quality.json",
+        "<results>/{model}/quality.json",
     log:
-        "<logs>/{model}/quality/{variant}.log",
+        "<logs>/{model}/quality.log",
     benchmark:
-        "<benchmarks>/{model}/quality/{variant}.tsv"
+        "<benchmarks>/{model}/quality.tsv"
     conda:
         "../../environment.yml"
     threads: 1
@@ -20,11 +20,10 @@ rule quality:
         runtime=resource("runtime"),
     params:
         settings=quality_settings(),
-        dense=each("--dense", "dense"),
-        images=each("--images", "images"),
+        variants=names_and_shards,
         code=code_hash("evaluate.quality"),
     shell:
-        "ecodiff evaluate quality {input.prompts} {output} {params.dense} {params.images}"
+        "ecodiff evaluate quality {input.prompts} {output} {params.variants}"
         " --settings {params.settings:q} > {log} 2>&1"
 
 

@@ -13,7 +13,7 @@ rule config:
 rule tables:
     input:
         config="<results>/config.yaml",
-        quality=of_variants("quality.json"),
+        quality=of_models("quality.json"),
         masks=of_masks("mask.safetensors"),
         efficiency=of_models("efficiency.json") if run.evaluate.efficiency else [],
         published=run.report.published or [],
@@ -38,7 +38,7 @@ rule tables:
 rule figures:
     input:
         config="<results>/config.yaml",
-        quality=of_variants("quality.json"),
+        quality=of_models("quality.json"),
         masks=of_masks("mask.safetensors"),
         efficiency=of_models("efficiency.json") if run.evaluate.efficiency else [],
         mask_cost=of_models("mask_cost.csv") if run.evaluate.mask_cost else [],
