@@ -105,12 +105,12 @@ def test_a_linear_that_two_structures_cut_is_solved_once_for_both():
     structures = discover(pipe)
     grams = gather_grams(pipe, structures, calibration, 2)
     block, module = "single_transformer_blocks.0", "single_transformer_blocks.0.proj_out"
-    kept = random_mask(structures, {"neurons"}) | {
-        f"{block}.attn.heads": torch.tensor([False, True])
-    }
+    heads = next(s for s in structures if s.name == f"{block}.attn.heads")
+    kept = random_mask(structures, {"neurons"}) | {heads.name: torch.arange(heads.units) == 1}
     linear = pipe.transformer.get_submodule(module)
     weight, bias = linear.weight.detach().clone(), linear.bias.detach().clone()
-    columns = torch.cat([torch.arange(16, 32), 32 + kept[f"{block}.neurons"].nonzero().flatten()])
+    neurons = heads.units * heads.width + kept[f"{block}.neurons"].nonzero().flatten()
+    columns = torch.cat([torch.arange(heads.width, 2 * heads.width), neurons])
     expected = least_squares(weight, bias, record(pipe, module, calibration), columns, RIDGE)
     ecodiff.prune(pipe, kept, grams, RIDGE)
     pruned = pipe.transformer.get_submodule(module)

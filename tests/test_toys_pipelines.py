@@ -57,9 +57,33 @@ def test_training_repeats_to_the_bit():
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_a_killed_training_ends_as_if_it_had_never_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "SAVE_EVERY", 0.0)
+    recipe, state = Recipe(steps=5, batch=2, lr=1e-2), tmp_path / "state.safetensors"
+
+    def train(dies_at=None, state=None):
+        torch.manual_seed(0)
+        module = torch.nn.Linear(3, 2)
+
+        def loss_of_step(step):
+            if step == dies_at:
+                raise KeyboardInterrupt
+            return module(torch.randn(4, 3)).square().mean()
+
+        training.fit(module, recipe, loss_of_step, "linear", state)
+        return module.weight
+
+    with pytest.raises(KeyboardInterrupt):
+        train(dies_at=3, state=state)
+    assert state.exists()
+    resumed = train(dies_at=1, state=state)  # a step before the death is not run again
+    assert torch.equal(resumed, train())
+    assert not state.exists()
+
+
 def test_latents_have_unit_scale():
     model = vae.train(Recipe(steps=1, batch=2, lr=1e-3))[0]
-    latents, captions = next(training.latent_batches(model, Recipe(1, 64, 0.0), pictures=64))
+    latents, captions = training.Latents(model, Recipe(1, 64, 0.0), pictures=64).batch(0)
     assert latents.shape == (64, 4, 16, 16)
     assert len(captions) == 64
     assert latents.std().item() == pytest.approx(1, abs=0.2)

@@ -60,17 +60,16 @@ class _Matching(nn.Module):
         return self.loss(image, words, scale.clamp(max=100))
 
 
-def train(recipe: Recipe = RECIPE) -> tuple[CLIP, float]:
+def train(recipe: Recipe = RECIPE, state: Path | None = None) -> tuple[CLIP, float]:
     """The trained model and the seconds: contrastive on pictures and captions of the world."""
     torch.manual_seed(recipe.seed)
     tokenizer, matching = text.t5_tokenizer(), _Matching().to(DEVICE)
-    batches = scenes(recipe)
 
-    def loss_of_step(_: int) -> torch.Tensor:
-        pixels, captions = next(batches)
+    def loss_of_step(step: int) -> torch.Tensor:
+        pixels, captions = scenes(recipe, step)
         return matching(pixels.to(DEVICE), tokenize(tokenizer, captions).to(DEVICE))
 
-    seconds = fit(matching, recipe, loss_of_step, "toy-clip")
+    seconds = fit(matching, recipe, loss_of_step, "toy-clip", state)
     return matching.clip.cpu(), seconds
 
 

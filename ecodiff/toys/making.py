@@ -39,13 +39,14 @@ def make(name: str, out: Path, vae_folder: Path | None = None) -> None:
     """
     if name not in TOYS:
         raise UserError(f"toy: {name!r} is not one of {', '.join(TOYS)}")
+    state = out.with_name(f".{out.name}.safetensors")  # of an unfinished training
     if name == "toy-vae":
-        model, seconds = vae.train()
+        model, seconds = vae.train(state=state)
         model.to(torch.float16).save_pretrained(out)
         scores = {"round trip, scene accuracy": round_trip(model.float())}
         write_card(out, name, vae.RECIPE, seconds, scores)
     elif name == "toy-clip":
-        model, seconds = clip.train()
+        model, seconds = clip.train(state=state)
         clip.save(model, out)
         pictures, captions = held_out()
         scores = {
@@ -56,7 +57,7 @@ def make(name: str, out: Path, vae_folder: Path | None = None) -> None:
         if vae_folder is None:
             raise UserError(f"toy: {name} is trained on toy-vae: give its folder")
         module = sdxl if name == "toy-sdxl" else flux
-        pipe, seconds = module.train(AutoencoderKL.from_pretrained(vae_folder))
+        pipe, seconds = module.train(AutoencoderKL.from_pretrained(vae_folder), state=state)
         pipe.to(torch.float16).save_pretrained(out)
         scores = {
             f"scene accuracy, {CALLS[name]['num_inference_steps']} steps": accuracy(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -14,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ecodiff.toys import text, world
-from ecodiff.toys.training import DEVICE, Recipe, fit, latent_batches
+from ecodiff.toys.training import DEVICE, Latents, Recipe, fit
 
 RECIPE = Recipe(steps=1900, batch=48, lr=1e-3, warmup=150)
 UNCONDITIONAL = 0.1  # share of captions dropped, for classifier-free guidance
@@ -64,17 +66,19 @@ def build(vae: AutoencoderKL, widths: tuple[int, int, int] = WIDTHS) -> StableDi
     )
 
 
-def train(vae: AutoencoderKL, recipe: Recipe = RECIPE) -> tuple[StableDiffusionXLPipeline, float]:
+def train(
+    vae: AutoencoderKL, recipe: Recipe = RECIPE, state: Path | None = None
+) -> tuple[StableDiffusionXLPipeline, float]:
     """The trained pipeline (U-Net and text encoders, v prediction) and the seconds."""
     torch.manual_seed(recipe.seed)
     pipe = build(vae).to(DEVICE)
     trained = nn.ModuleList([pipe.unet, pipe.text_encoder, pipe.text_encoder_2])
     noising = DDPMScheduler.from_config(pipe.scheduler.config)
-    batches = latent_batches(vae, recipe)
+    data = Latents(pipe.vae, recipe)
     sizes = torch.tensor([[world.SIDE, world.SIDE, 0, 0, world.SIDE, world.SIDE]], device=DEVICE)
 
-    def loss_of_step(_: int) -> torch.Tensor:
-        latents, captions = next(batches)
+    def loss_of_step(step: int) -> torch.Tensor:
+        latents, captions = data.batch(step)
         embeds, _, pooled, _ = pipe.encode_prompt(captions, do_classifier_free_guidance=False)
         keep = (torch.rand(len(captions), device=DEVICE) >= UNCONDITIONAL).float()
         noise = torch.randn_like(latents)
@@ -90,5 +94,5 @@ def train(vae: AutoencoderKL, recipe: Recipe = RECIPE) -> tuple[StableDiffusionX
         ).sample
         return F.mse_loss(predicted, noising.get_velocity(latents, noise, steps))
 
-    seconds = fit(trained, recipe, loss_of_step, "toy-sdxl")
+    seconds = fit(trained, recipe, loss_of_step, "toy-sdxl", state)
     return pipe.to("cpu"), seconds

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from torch import nn
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
+from ecodiff.artifacts import atomic
 from ecodiff.toys import world
+
+SAVE_EVERY = 300.0  # seconds between two writes of an unfinished training's state
 
 # Toys are trained where it is fastest; the card says where that was.
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -27,75 +34,129 @@ class Recipe:
     warmup: int = 100
     seed: int = 0
 
-
-def scenes(recipe: Recipe) -> Iterator[tuple[torch.Tensor, list[str]]]:
-    """Endless batches of pictures, float (batch, 3, SIDE, SIDE) in [-1, 1], and captions."""
-    rng = np.random.default_rng(recipe.seed)
-    while True:
-        batch = [world.sample_scene(rng) for _ in range(recipe.batch)]
-        yield to_tensor([world.render(s) for s in batch]), [s.caption for s in batch]
+    def lr_of(self, step: int) -> float:
+        """The learning rate of a step: a linear warm-up, then a cosine to zero."""
+        rising = (step + 1) / self.warmup
+        falling = 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        return self.lr * min(rising, falling)
 
 
-def latent_batches(
-    vae: AutoencoderKL, recipe: Recipe, pictures: int = 15_360
-) -> Iterator[tuple[torch.Tensor, list[str]]]:
-    """Endless shuffled batches of scaled latents, float (batch, 4, 16, 16), and captions.
-
-    The pictures are drawn and encoded once and then reused in every epoch; they stay on `DEVICE`.
-    """
-    source, latents, captions = scenes(recipe), [], []
-    with torch.no_grad():
-        while len(captions) < pictures:
-            pixels, said = next(source)
-            encoded = vae.encode(pixels.to(DEVICE)).latent_dist.mode()
-            latents.append(encoded * vae.config.scaling_factor)
-            captions += said
-    stored = torch.cat(latents)
-    while True:
-        for chosen in torch.randperm(len(captions)).split(recipe.batch):
-            yield stored[chosen.to(DEVICE)], [captions[i] for i in chosen]
+def scenes(recipe: Recipe, step: int) -> tuple[Tensor, list[str]]:
+    """A step's pictures, float (batch, 3, SIDE, SIDE) in [-1, 1], and captions."""
+    rng = np.random.default_rng([recipe.seed, step])
+    batch = [world.sample_scene(rng) for _ in range(recipe.batch)]
+    return to_tensor([world.render(scene) for scene in batch]), [s.caption for s in batch]
 
 
-def to_tensor(images: list[np.ndarray]) -> torch.Tensor:
+class Latents:
+    """Pictures that are drawn and encoded once and then reused in every epoch."""
+
+    def __init__(self, vae: AutoencoderKL, recipe: Recipe, pictures: int = 30_720) -> None:
+        """Encode about `pictures` pictures; their latents, scaled, stay on `DEVICE`."""
+        self.recipe, self.captions = recipe, []
+        latents = []
+        for step in range(pictures // recipe.batch):
+            pixels, captions = scenes(recipe, step)
+            with torch.no_grad():
+                latents.append(vae.encode(pixels.to(DEVICE)).latent_dist.mode())
+            self.captions += captions
+        self.latents = torch.cat(latents) * vae.config.scaling_factor
+
+    def batch(self, step: int) -> tuple[Tensor, list[str]]:
+        """A step's latents, float (batch, 4, 16, 16), and captions; each epoch is shuffled anew."""
+        epoch, part = divmod(step, len(self.captions) // self.recipe.batch)
+        order = np.random.default_rng([self.recipe.seed, epoch]).permutation(len(self.captions))
+        chosen = order[part * self.recipe.batch :][: self.recipe.batch]
+        return self.latents[torch.from_numpy(chosen)], [self.captions[i] for i in chosen]
+
+
+def to_tensor(images: list[np.ndarray]) -> Tensor:
     """uint8 (SIDE, SIDE, 3) pictures as float (n, 3, SIDE, SIDE) in [-1, 1]."""
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
     return pixels.float() / 127.5 - 1
 
 
 def fit(
-    module: nn.Module, recipe: Recipe, loss_of_step: Callable[[int], torch.Tensor], name: str
+    module: nn.Module,
+    recipe: Recipe,
+    loss_of_step: Callable[[int], Tensor],
+    name: str,
+    state: Path | None = None,
 ) -> float:
     """Trains a module in place: AdamW, one warm-up and a cosine decay to zero.
 
     Args:
-        loss_of_step: the loss (scalar) of a step, counted from 0.
+        loss_of_step: the loss (scalar) of a step, counted from 0. All its randomness must come
+            from the step or from torch's global generator, which each step seeds.
+        state: file (safetensors) that holds an unfinished training, which is continued from there
+            and ends as if it had never stopped. Removed at the end.
 
     Returns:
         The time it took, in seconds.
     """
-    start = time.monotonic()
     module.train()
     optimizer = torch.optim.AdamW(module.parameters(), lr=recipe.lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer,
-        max_lr=recipe.lr,
-        total_steps=recipe.steps,
-        pct_start=min(recipe.warmup / recipe.steps, 0.3),
-        cycle_momentum=False,
-    )
-    running = 0.0
-    for step in range(recipe.steps):
+    first, before = _restore(state, recipe, module, optimizer) if state else (0, 0.0)
+    start = written = time.monotonic()
+    running = None
+    for step in range(first, recipe.steps):
+        torch.manual_seed(recipe.seed * 1_000_003 + step)
         loss = loss_of_step(step)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.lr_of(step)
         optimizer.step()
-        schedule.step()
-        running = loss.item() if step == 0 else 0.98 * running + 0.02 * loss.item()
+        running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
+        seconds = before + time.monotonic() - start
         if step % 50 == 0 or step == recipe.steps - 1:
-            elapsed = time.monotonic() - start
             print(
-                f"{name} step {step}/{recipe.steps} loss {running:.5f} {elapsed:.0f}s", flush=True
+                f"{name} step {step}/{recipe.steps} loss {running:.5f} {seconds:.0f}s", flush=True
             )
+        if state and time.monotonic() - written > SAVE_EVERY:
+            _save(state, recipe, module, optimizer, step + 1, seconds)
+            written = time.monotonic()
+    if state:
+        state.unlink(missing_ok=True)
     module.eval()
-    return time.monotonic() - start
+    return before + time.monotonic() - start
+
+
+def _save(
+    path: Path,
+    recipe: Recipe,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    seconds: float,
+) -> None:
+    tensors = {f"module/{key}": value.contiguous() for key, value in module.state_dict().items()}
+    for i, parameter in enumerate(module.parameters()):
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"{key}/{i}"] = value.contiguous()
+    metadata = {"recipe": repr(recipe), "step": str(step), "seconds": str(seconds)}
+    with atomic(path) as file:
+        save_file(tensors, file, metadata=metadata)
+
+
+def _restore(
+    path: Path, recipe: Recipe, module: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[int, float]:
+    """The step to go on with and the seconds spent before; (0, 0) without a state to use."""
+    if not path.exists():
+        return 0, 0.0
+    with safe_open(path, framework="pt", device=str(DEVICE)) as file:
+        metadata = file.metadata()
+        if metadata["recipe"] != repr(recipe):
+            return 0, 0.0
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    prefix = "module/"
+    weights = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    module.load_state_dict(weights)
+    for i, parameter in enumerate(module.parameters()):
+        moments = ("step", "exp_avg", "exp_avg_sq")
+        optimizer.state[parameter] = {
+            key: tensors[f"{key}/{i}"] for key in moments if f"{key}/{i}" in tensors
+        }
+    return int(metadata["step"]), float(metadata["seconds"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from diffusers import AutoencoderKL
 from torch.nn import functional as F
@@ -29,15 +31,15 @@ def build() -> AutoencoderKL:
     )
 
 
-def train(recipe: Recipe = RECIPE) -> tuple[AutoencoderKL, float]:
+def train(recipe: Recipe = RECIPE, state: Path | None = None) -> tuple[AutoencoderKL, float]:
     """The trained autoencoder, its scaling factor set to give unit latents, and the seconds."""
     torch.manual_seed(recipe.seed)
-    vae, batches = build().to(DEVICE), scenes(recipe)
+    vae = build().to(DEVICE)
     with torch.no_grad():
         vae.quant_conv.bias[vae.config.latent_channels :] = FIRST_LOG_VARIANCE
 
-    def loss_of_step(_: int) -> torch.Tensor:
-        pixels = next(batches)[0].to(DEVICE)
+    def loss_of_step(step: int) -> torch.Tensor:
+        pixels = scenes(recipe, step)[0].to(DEVICE)
         posterior = vae.encode(pixels).latent_dist
         decoded = vae.decode(posterior.sample()).sample
         error = F.mse_loss(decoded, pixels, reduction="none")
@@ -47,9 +49,9 @@ def train(recipe: Recipe = RECIPE) -> tuple[AutoencoderKL, float]:
         fidelity = ((1 + OBJECT_WEIGHT * objects) * error).mean()
         return fidelity + KL_WEIGHT * posterior.kl().mean()
 
-    seconds = fit(vae, recipe, loss_of_step, "vae")
+    seconds = fit(vae, recipe, loss_of_step, "toy-vae", state)
     with torch.no_grad():
-        pictures = torch.cat([next(batches)[0] for _ in range(16)])
+        pictures = torch.cat([scenes(recipe, step)[0] for step in range(32)])
         latents = vae.cpu().encode(pictures).latent_dist.mode()
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
     return vae, seconds
