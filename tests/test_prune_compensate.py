@@ -101,6 +101,8 @@ def random_mask(structures, kinds):
 
 
 def test_a_linear_that_two_structures_cut_is_solved_once_for_both():
+    # Gathered products are float32; a smaller ridge would amplify their rounding to 1e-4.
+    ridge = 1e-2
     pipe, calibration = calibrated("flux")
     structures = discover(pipe)
     grams = gather_grams(pipe, structures, calibration, 2)
@@ -111,11 +113,11 @@ def test_a_linear_that_two_structures_cut_is_solved_once_for_both():
     weight, bias = linear.weight.detach().clone(), linear.bias.detach().clone()
     neurons = heads.units * heads.width + kept[f"{block}.neurons"].nonzero().flatten()
     columns = torch.cat([torch.arange(heads.width, 2 * heads.width), neurons])
-    expected = least_squares(weight, bias, record(pipe, module, calibration), columns, RIDGE)
-    ecodiff.prune(pipe, kept, grams, RIDGE)
+    expected = least_squares(weight, bias, record(pipe, module, calibration), columns, ridge)
+    ecodiff.prune(pipe, kept, grams, ridge)
     pruned = pipe.transformer.get_submodule(module)
-    assert torch.allclose(pruned.weight.double(), expected[0], atol=1e-4)
-    assert torch.allclose(pruned.bias.double(), expected[1], atol=1e-4)
+    assert torch.allclose(pruned.weight.double(), expected[0], atol=2e-5)
+    assert torch.allclose(pruned.bias.double(), expected[1], atol=2e-5)
 
 
 @pytest.mark.parametrize("family", ["sdxl", "flux"])
