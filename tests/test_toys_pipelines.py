@@ -20,6 +20,11 @@ def test_every_word_of_the_world_is_one_token(tokenizer):
     assert len(tokenizer(LONGEST).input_ids) <= text.MAX_TOKENS
 
 
+def test_the_trained_tokenizer_is_the_same_every_time():
+    vocabularies = [text.clip_tokenizer().get_vocab() for _ in range(8)]
+    assert all(vocabulary == vocabularies[0] for vocabulary in vocabularies)
+
+
 @pytest.mark.parametrize("tokenizer", [text.clip_tokenizer(), text.t5_tokenizer()])
 def test_a_saved_tokenizer_reads_the_same(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)

@@ -26,8 +26,10 @@ def clip_tokenizer() -> CLIPTokenizer:
     """A byte-pair tokenizer whose merges make every word of the world one token."""
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
+    # Last letters are named too: the trainer numbers them as it meets them, in no fixed order.
+    last_letters = [f"{letter}</w>" for letter in ascii_lowercase]
     trainer = trainers.BpeTrainer(
-        special_tokens=["<|startoftext|>", "<|endoftext|>"],
+        special_tokens=["<|startoftext|>", "<|endoftext|>", *last_letters],
         initial_alphabet=list(ascii_lowercase),
         end_of_word_suffix="</w>",
         show_progress=False,
