@@ -332,6 +332,17 @@ def train(
     make(name, out, vae)
 
 
+@toys.command()
+def gallery(
+    source: Annotated[Path, typer.Argument(help="Folder of toy-sdxl or toy-flux.")],
+    out: Annotated[Path, typer.Argument(help="The png to write.")],
+) -> None:
+    """Draw 32 captions that a toy never saw, with the checker's verdicts."""
+    from ecodiff.toys.gallery import gallery as draw
+
+    draw(source, out)
+
+
 def _results(run: Path) -> tuple[Config, Results]:
     from ecodiff.report.results import Results
 

@@ -19,8 +19,8 @@ from ecodiff.toys.training import DEVICE, Latents, Recipe, fit
 
 RECIPE = Recipe(steps=1800, batch=48, lr=1e-3, warmup=150)
 HEADS, HEAD_DIM = 4, 24
-# Rotary frequencies are 10000^(-2i/d): with fewer than ten numbers an axis, none but the fastest
-# tells the places of an 8x8 grid apart, and shapes stay blobs.
+# Rotary frequencies are 10000^(-2i/d): with fewer than ten numbers an axis, hardly one but the
+# fastest tells the places of an 8x8 grid apart.
 ROTARY = (4, 10, 10)
 
 
