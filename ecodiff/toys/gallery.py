@@ -35,7 +35,7 @@ def _panel(axis: plt.Axes, picture: np.ndarray, caption: str) -> None:
     axis.set_xticks([])
     axis.set_yticks([])
     words = caption.replace(" left of ", "\nleft of ").replace(" above ", "\nabove ")
-    axis.set_title(words.replace(" on ", "\non "), fontsize=7)
+    axis.set_title(words.replace(" on ", "\non "), fontsize=6)
     if not checker.meets(picture, caption):
         for spine in axis.spines.values():
             spine.set(color="red", linewidth=2.5)
