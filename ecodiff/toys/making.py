@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable
 from dataclasses import asdict
 from datetime import date
 from importlib.metadata import version
@@ -15,14 +14,15 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 
 from ecodiff.errors import UserError
-from ecodiff.toys import checker, clip, flux, sdxl, vae, world
+from ecodiff.pipelines import decode, denoise, encode, starting_noise
+from ecodiff.toys import TOYS, checker, clip, flux, sdxl, vae, world
 from ecodiff.toys.training import Recipe, to_tensor
 
-TOYS = ("toy-vae", "toy-sdxl", "toy-flux", "toy-clip")
 CALLS: dict[str, dict[str, int | float]] = {
     "toy-sdxl": {"num_inference_steps": 8, "guidance_scale": 4.0, "height": 64, "width": 64},
     "toy-flux": {"num_inference_steps": 8, "max_sequence_length": 16, "height": 64, "width": 64},
 }
+BATCH = 64
 HELD_OUT = 256  # captions that a card's scores are measured on
 
 
@@ -79,11 +79,13 @@ def round_trip(model: AutoencoderKL) -> float:
     """Scene accuracy of held-out pictures after encoding and decoding."""
     pictures, captions = held_out()
 
-    def decoded(batch: list[np.ndarray]) -> torch.Tensor:
-        latents = model.encode(to_tensor(batch)).latent_dist.mode()
-        return model.decode(latents).sample
-
-    return checker.scene_accuracy(_in_batches(decoded, pictures), captions)
+    images: list[np.ndarray] = []
+    for start in range(0, len(pictures), BATCH):
+        with torch.inference_mode():
+            latents = model.encode(to_tensor(pictures[start : start + BATCH])).latent_dist.mode()
+            pixels = model.decode(latents).sample.clamp(-1, 1).permute(0, 2, 3, 1)
+        images += list(((pixels + 1) * 127.5).round().byte().numpy())
+    return checker.scene_accuracy(images, captions)
 
 
 def accuracy(pipe: DiffusionPipeline, call: dict[str, int | float]) -> float:
@@ -96,23 +98,11 @@ def draw(
     pipe: DiffusionPipeline, captions: list[str], call: dict[str, int | float]
 ) -> list[np.ndarray]:
     """One picture a caption, uint8 (SIDE, SIDE, 3), each from its own seed."""
-    pipe.set_progress_bar_config(disable=True)
-    seeds = {caption: index for index, caption in enumerate(captions)}
-
-    def drawn(batch: list[str]) -> torch.Tensor:
-        generators = [torch.Generator().manual_seed(seeds[caption]) for caption in batch]
-        images = pipe(batch, generator=generators, output_type="pt", **call).images
-        return images * 2 - 1
-
-    return _in_batches(drawn, captions)
-
-
-def _in_batches(function: Callable[[list], torch.Tensor], items: list) -> list[np.ndarray]:
     images: list[np.ndarray] = []
-    with torch.inference_mode():
-        for start in range(0, len(items), 64):
-            pixels = function(items[start : start + 64]).clamp(-1, 1).permute(0, 2, 3, 1)
-            images += list(((pixels + 1) * 127.5).round().byte().numpy())
+    for seeds in torch.arange(len(captions)).split(BATCH):
+        embeds = encode(pipe, [captions[seed] for seed in seeds], call)
+        noise = starting_noise(pipe, seeds.tolist(), call)
+        images += list(decode(pipe, denoise(pipe, embeds, noise, call), call))
     return images
 
 

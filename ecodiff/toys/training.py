@@ -155,8 +155,9 @@ def _restore(
     weights = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     module.load_state_dict(weights)
     for i, parameter in enumerate(module.parameters()):
-        moments = ("step", "exp_avg", "exp_avg_sq")
         optimizer.state[parameter] = {
-            key: tensors[f"{key}/{i}"] for key in moments if f"{key}/{i}" in tensors
+            "step": tensors[f"step/{i}"].cpu(),  # AdamW keeps its step counters on the CPU
+            "exp_avg": tensors[f"exp_avg/{i}"],
+            "exp_avg_sq": tensors[f"exp_avg_sq/{i}"],
         }
     return int(metadata["step"]), float(metadata["seconds"])

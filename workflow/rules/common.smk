@@ -8,6 +8,7 @@ import yaml
 from ecodiff.artifacts import code_hash, write_text
 from ecodiff.config import Variant, load_config
 from ecodiff.errors import UserError
+from ecodiff.toys import TOYS
 
 try:
     run = load_config(config)
@@ -30,7 +31,6 @@ FIGURES = [
     *(["cost"] if run.evaluate.efficiency else []),
     *(["mask-cost"] if run.evaluate.mask_cost else []),
 ]
-TOYS = ("toy-vae", "toy-sdxl", "toy-flux", "toy-clip")
 
 
 pathvars:
