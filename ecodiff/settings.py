@@ -99,8 +99,11 @@ class MaskSettings(Settings):
     """How masks are learned and units selected (EcoDiff)."""
 
     objective: Literal["penalty", "budget"] = "budget"
-    """`penalty`: a fixed beta, one learning serves all sparsities. `budget`: each sparsity is
-    learned for itself, by Lagrange multipliers."""
+    """`penalty`: a fixed beta, the same for all sparsities. `budget`: aims at a sparsity by itself,
+    by Lagrange multipliers."""
+    sparsities: Literal["per-sparsity", "shared"] = "per-sparsity"
+    """`shared`: learned once, for the middle one of a model's sparsities; the others rank its
+    scores again. A penalty aims at none, so there it is always shared."""
     beta: NonNegativeFloat = 0.1
     """penalty: weight of the expected share of parameters kept."""
     first_logit: float = 3.0
@@ -127,6 +130,11 @@ class MaskSettings(Settings):
     min_units: NonNegativeInt = 0
     """Units that each structure keeps at least."""
     seed: NonNegativeInt = 0
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether one learning serves all sparsities."""
+        return self.objective == "penalty" or self.sparsities == "shared"
 
 
 class RetrainSettings(Settings):

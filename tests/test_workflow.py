@@ -121,15 +121,17 @@ def test_grams_are_gathered_only_for_compensation(place, tmp_path):
     assert "grams" not in counts
 
 
-def test_under_a_penalty_one_learning_serves_all_sparsities(place, tmp_path):
-    config = write_config(tmp_path, mask={"objective": "penalty"})
+@pytest.mark.parametrize("settings", [{"objective": "penalty"}, {"sparsities": "shared"}])
+def test_one_shared_learning_serves_all_sparsities(place, tmp_path, settings):
+    config = write_config(tmp_path, mask={"sparsities": "per-sparsity", **settings})
     _, text = planned(place, config, "masks")
-    scored = [job for job in jobs_of(text, "mask") if "masks/ecodiff-10/mask" in job]
+    scored = [job for job in jobs_of(text, "mask") if "masks/ecodiff-20/mask" in job]
     assert len(jobs_of(text, "mask")) == len(scored) == 6
 
 
-def test_under_a_budget_each_sparsity_is_learned(place, demo):
-    _, text = demo
+def test_each_sparsity_can_be_learned_for_itself(place, tmp_path):
+    config = write_config(tmp_path, mask={"sparsities": "per-sparsity"})
+    _, text = planned(place, config, "masks")
     inputs = [re.search("input: (.*)", job)[1] for job in jobs_of(text, "mask")]
     assert not any("masks/" in line for line in inputs)
 

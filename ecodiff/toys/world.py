@@ -129,9 +129,9 @@ def is_held_out(caption: str) -> bool:
 
 
 def sample_scene(rng: np.random.Generator, split: Split = "train") -> Scene:
-    """A random scene of a split; one in three holds a single object."""
+    """A random scene of a split; every other one holds a single object."""
     while True:
-        count = 1 if rng.random() < 1 / 3 else 2
+        count = 1 if rng.random() < 1 / 2 else 2
         things = tuple(
             Thing(*(str(rng.choice(list(names))) for names in (RADII, COLOURS, SHAPES)))
             for _ in range(count)

@@ -122,15 +122,15 @@ def calibration(wildcards):
 
 
 def ranked_scores(wildcards):
-    """The mask whose learned scores are ranked again, when they don't depend on the sparsity.
+    """The mask whose learned scores are ranked again, where one learning serves all sparsities.
 
-    It is the one that the config names first.
+    It is the one of the middle sparsity, which is closest to the others.
     """
-    learned = [v for v in run.variants_of(wildcards.model) if v.method == "ecodiff"]
-    objective = run.models[wildcards.model].mask.objective
-    if objective == "budget" or str(learned[0].percent) == wildcards.percent:
+    learned = sorted({v.percent for v in run.variants_of(wildcards.model) if v.method == "ecodiff"})
+    middle = learned[len(learned) // 2]
+    if not run.models[wildcards.model].mask.is_shared or str(middle) == wildcards.percent:
         return []
-    return f"{RESULTS}/{wildcards.model}/masks/{learned[0].mask}/mask.safetensors"
+    return f"{RESULTS}/{wildcards.model}/masks/ecodiff-{middle}/mask.safetensors"
 
 
 def mask_of(wildcards):

@@ -1,5 +1,5 @@
-# Learned masks. Under a budget each sparsity is learned for itself; under a penalty the
-# first one's scores are ranked again for the others.
+# Learned masks. Each sparsity is learned for itself, or the middle one's scores are ranked again
+# for the others.
 rule mask:
     input:
         model=dense_files,
