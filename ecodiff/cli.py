@@ -120,7 +120,6 @@ def mask(
     percent: Annotated[int, typer.Option(min=0, max=100, help="Parameters to remove.")],
     settings: Settings = None,
     calibration: Annotated[Path | None, typer.Option(help="ecodiff: learn on this.")] = None,
-    scores: Annotated[Path | None, typer.Option(help="Rank this mask's scores again.")] = None,
     history: Annotated[Path | None, typer.Option(help="Write the learning curve.")] = None,
     load: Load = None,
 ) -> None:
@@ -130,7 +129,6 @@ def mask(
 
     chosen = read_settings(sections.MaskSettings, settings)
     record = Calibration.load(calibration) if calibration else None
-    ranked = stage.Mask.load(scores).scores if scores else None
     pipe = _load(model, load)
     # What an interrupted job continues from; not an output, which retries would remove.
     scratch = out.with_name("unfinished.safetensors")
@@ -141,7 +139,6 @@ def mask(
         calibration=record,
         settings=chosen,
         scratch=scratch,
-        ranked=ranked,
     )
     found.save(out)
     if history:
@@ -155,6 +152,7 @@ def prune(
     model: Model,
     mask: Annotated[Path, typer.Argument(help="What `ecodiff mask` wrote.")],
     out: Out,
+    percent: Annotated[int | None, typer.Option(help="Rank the mask's scores again.")] = None,
     grams: Annotated[Path | None, typer.Option(help="Compensate with these activations.")] = None,
     settings: Settings = None,
     load: Load = None,
@@ -168,11 +166,12 @@ def prune(
     chosen = read_settings(sections.PruneSettings, settings)
     wanted, moments = Mask.load(mask), Grams.load(grams) if grams else None
     pipe = _load(model, load)
-    if moments is not None:
-        moments.check(pipe)
+    if percent is not None:
+        wanted = wanted.at(pipe, percent / 100)
     cut(pipe, wanted, moments, chosen.ridge)
     saving.save(pipe, out)
-    details = {"model": model, "mask": str(mask), "compensation": bool(grams)}
+    wanted.save(out / "mask.safetensors")
+    details = {"model": model, "mask": wanted.info, "compensation": bool(grams)}
     write_manifest(out, "prune", {**details, **chosen.model_dump()})
 
 

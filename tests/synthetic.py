@@ -97,7 +97,7 @@ def _variant(
         steps = np.arange(200)
         loss = 0.2 + np.exp(-steps / 60) * 0.2 + rng.normal(0, 0.02, 200)
         history = pd.DataFrame({"step": steps, "loss": loss, "distillation": 0.0, "seconds": 0.1})
-        (folder / variant.name / "model").mkdir()
+        (folder / variant.name / "model").mkdir(parents=True, exist_ok=True)
         history.to_csv(folder / variant.name / "model" / "history.csv", index=False)
     mask = folder / "masks" / variant.mask
     if variant.is_dense or mask.exists():
@@ -109,7 +109,9 @@ def _variant(
         for i, name in enumerate(STRUCTURES[model])
     }
     info = {"sparsity": variant.sparsity + 0.0004}
-    save_file(kept, mask / "mask.safetensors", metadata={"ecodiff": json.dumps(info)})
+    cut = folder / variant.pruned.name / "model"
+    cut.mkdir(parents=True, exist_ok=True)
+    save_file(kept, cut / "mask.safetensors", metadata={"ecodiff": json.dumps(info)})
     if variant.method == "ecodiff":
         _learning(variant, rng).to_csv(mask / "history.csv", index=False)
     return quality

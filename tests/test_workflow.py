@@ -121,19 +121,29 @@ def test_grams_are_gathered_only_for_compensation(place, tmp_path):
     assert "grams" not in counts
 
 
+def masks_of(text):
+    """The learned masks that a plan makes and those that it prunes by, without their folders."""
+    made = re.findall(r"masks/(ecodiff-\d+)/mask", "".join(jobs_of(text, "mask")))
+    used = re.findall(r"masks/(ecodiff-\d+)/mask", "".join(jobs_of(text, "prune")))
+    return set(made), set(used)
+
+
 @pytest.mark.parametrize("settings", [{"objective": "penalty"}, {"sparsities": "shared"}])
 def test_one_shared_learning_serves_all_sparsities(place, tmp_path, settings):
     config = write_config(tmp_path, mask={"sparsities": "per-sparsity", **settings})
-    _, text = planned(place, config, "masks")
-    scored = [job for job in jobs_of(text, "mask") if "masks/ecodiff-20/mask" in job]
-    assert len(jobs_of(text, "mask")) == len(scored) == 6
+    _, text = planned(place, config, "pruned")
+    assert masks_of(text) == ({"ecodiff-20"}, {"ecodiff-20"})
 
 
 def test_each_sparsity_can_be_learned_for_itself(place, tmp_path):
     config = write_config(tmp_path, mask={"sparsities": "per-sparsity"})
-    _, text = planned(place, config, "masks")
-    inputs = [re.search("input: (.*)", job)[1] for job in jobs_of(text, "mask")]
-    assert not any("masks/" in line for line in inputs)
+    _, text = planned(place, config, "pruned")
+    assert masks_of(text) == ({"ecodiff-10", "ecodiff-20", "ecodiff-30"},) * 2
+
+
+def test_baselines_are_scored_once_for_all_sparsities(demo):
+    counts, _ = demo
+    assert counts["baseline"] == 2 * len(["magnitude", "random"])
 
 
 def test_retraining_may_have_prompts_of_its_own(place, tmp_path):

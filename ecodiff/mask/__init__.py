@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 import pandas as pd
@@ -47,6 +48,14 @@ class Mask:
         """Raise `UserError` unless names and sizes are those of a model's structures."""
         check_scores(structures, self.scores)
         check_scores(structures, {name: value.float() for name, value in self.kept.items()})
+
+    def at(self, pipe: DiffusionPipeline, sparsity: float) -> Mask:
+        """The mask of another sparsity by the same scores, selected by the same settings.
+
+        Right unless the scores were learned for one sparsity alone. Raises what `select` does.
+        """
+        settings = MaskSettings.model_validate(self.info["settings"])
+        return _selected(pipe, self.scores, sparsity, settings, self.info)
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, whole or not at all."""
@@ -105,35 +114,28 @@ def make_mask(
     calibration: Calibration | None = None,
     settings: MaskSettings | None = None,
     scratch: Path | None = None,
-    ranked: Scores | None = None,
 ) -> tuple[Mask, pd.DataFrame]:
     """Score with a method, then select: the mask and the history (no rows for baselines).
 
     `settings` also says how to select (`scope`, `min_units`) and seeds `random`. `scratch` holds
-    the state of unfinished learning, see `learn.learn_mask`. `ranked` are scores that the method
-    gave before, in place of new ones: right unless they were learned for another sparsity. Raises
-    what `score` and `select` do.
+    the state of unfinished learning, see `learn.learn_mask`. Raises what `score` and `select` do.
     """
     settings = settings or MaskSettings()
     denoiser = denoiser_of(pipe)
-    structures, total = discover(denoiser), count_parameters(denoiser)
+    nothing = {s.name: torch.zeros(s.units) for s in discover(denoiser)}
     # Fails before hours of learning, not after, when the sparsity cannot be reached.
-    nothing = {s.name: torch.zeros(s.units) for s in structures}
-    select(structures, nothing, sparsity, total, settings.scope, settings.min_units)
+    _selected(pipe, nothing, sparsity, settings)
     request = _Request(settings.seed, settings, calibration, sparsity, scratch)
-    found, history = (ranked, _no_history()) if ranked else _scored(pipe, method, request)
-    kept = select(structures, found, sparsity, total, settings.scope, settings.min_units)
+    found, history = _scored(pipe, method, request)
     info = {
         "model": denoiser.config.get("_name_or_path") or type(pipe).__name__,
         "method": method,
-        "target": sparsity,
-        "sparsity": removed_share(structures, kept, total),
-        "parameters": total,
+        "scored_for": sparsity,
         "settings": settings.model_dump(),
     }
     if calibration is not None:
         info |= {"seeds": calibration.seeds, "fingerprint": calibration.fingerprint}
-    return Mask(found, kept, info), history
+    return _selected(pipe, found, sparsity, settings, info), history
 
 
 def learn_mask(
@@ -159,6 +161,21 @@ def learn_mask(
     seeds = list(range(len(prompts))) if seeds is None else list(seeds)
     calibration = calibrate(pipe, list(prompts), seeds, call or {}, settings.batch)
     return make_mask(pipe, "ecodiff", sparsity, calibration=calibration, settings=settings)[0]
+
+
+def _selected(
+    pipe: DiffusionPipeline,
+    found: Scores,
+    sparsity: float,
+    settings: MaskSettings,
+    info: Mapping[str, Any] = MappingProxyType({}),
+) -> Mask:
+    """The mask that scores give at a sparsity; `info` is completed."""
+    denoiser = denoiser_of(pipe)
+    structures, total = discover(denoiser), count_parameters(denoiser)
+    kept = select(structures, found, sparsity, total, settings.scope, settings.min_units)
+    exact = removed_share(structures, kept, total)
+    return Mask(found, kept, {**info, "target": sparsity, "sparsity": exact, "parameters": total})
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ class Results:
         return {name: 1 - float(stays.mean()) for name, stays in kept.items()}
 
     def learning(self, model: str, variant: Variant) -> pd.DataFrame:
-        """How the mask of a variant was learned; no rows when its scores were not learned."""
+        """How the mask of a variant was learned; no rows when it wasn't, or with another one."""
         path = self.folder / model / "masks" / variant.mask / "history.csv"
         return _csv(path) if path.exists() else pd.DataFrame(columns=["iteration"])
 
@@ -104,7 +104,8 @@ class Results:
         return found
 
     def _mask(self, model: str, variant: Variant) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-        path = self.folder / model / "masks" / variant.mask / "mask.safetensors"
+        cut = next(v.pruned for v in self.of(model) if v.mask == variant.mask)
+        path = self.folder / model / cut.name / "model/mask.safetensors"
         try:
             with safe_open(path, framework="np") as file:
                 kept = [key for key in file.keys() if key.startswith("kept/")]  # noqa: SIM118

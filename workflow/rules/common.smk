@@ -121,22 +121,25 @@ def calibration(wildcards):
     return f"{RESULTS}/{wildcards.model}/{run.calibrate.prompts}.safetensors"
 
 
-def ranked_scores(wildcards):
-    """The mask whose learned scores are ranked again, where one learning serves all sparsities.
-
-    It is the one of the middle sparsity, which is closest to the others.
-    """
-    learned = sorted({v.percent for v in run.variants_of(wildcards.model) if v.method == "ecodiff"})
-    middle = learned[len(learned) // 2]
-    if not run.models[wildcards.model].mask.is_shared or str(middle) == wildcards.percent:
-        return []
-    return f"{RESULTS}/{wildcards.model}/masks/ecodiff-{middle}/mask.safetensors"
+def scored(model, variant):
+    """The variant whose mask holds a variant's scores: that of the middle sparsity of its method,
+    or itself where each sparsity is learned for itself."""
+    if variant.method == "ecodiff" and not run.models[model].mask.is_shared:
+        return variant
+    same = [v for v in run.variants_of(model) if v.method == variant.method]
+    by_percent = sorted({v.percent: v for v in same}.items())
+    return by_percent[len(by_percent) // 2][1]
 
 
 def mask_of(wildcards):
-    """The mask of a variant."""
-    mask = Variant.parse(wildcards.variant).mask
+    """The mask that holds a variant's scores."""
+    mask = scored(wildcards.model, Variant.parse(wildcards.variant)).mask
     return f"{RESULTS}/{wildcards.model}/masks/{mask}/mask.safetensors"
+
+
+def percent_of(wildcards):
+    """The per cent of the parameters that a variant lacks."""
+    return Variant.parse(wildcards.variant).percent
 
 
 def grams_of(wildcards):
@@ -178,9 +181,15 @@ def of_models(file):
     return [f"<results>/{model}/{file}" for model in run.models]
 
 
-def of_masks(file):
-    """A file of each mask."""
-    return sorted({f"<results>/{model}/masks/{variant.mask}/{file}" for model, variant in PRUNED})
+def all_masks():
+    """Each mask that is scored."""
+    masks = {(model, scored(model, variant).mask) for model, variant in PRUNED}
+    return sorted(f"<results>/{model}/masks/{mask}/mask.safetensors" for model, mask in masks)
+
+
+def all_pruned():
+    """The pruned models as they were before any retraining; each holds its mask."""
+    return sorted({f"<results>/{model}/{v.pruned.name}/model" for model, v in PRUNED})
 
 
 def folders_of(wildcards):

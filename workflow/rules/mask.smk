@@ -1,10 +1,8 @@
-# Learned masks. Each sparsity is learned for itself, or the middle one's scores are ranked again
-# for the others.
+# Learned masks, one for each sparsity or one for all.
 rule mask:
     input:
         model=dense_files,
         calibration=calibration,
-        scores=ranked_scores,
     output:
         mask="<results>/{model}/masks/ecodiff-{percent}/mask.safetensors",
         history="<results>/{model}/masks/ecodiff-{percent}/history.csv",
@@ -23,16 +21,14 @@ rule mask:
         source=lookup(dpath="models/{model}/source", within=config),
         load=settings("models/{model}/load"),
         settings=settings("models/{model}/mask"),
-        scores=lambda wildcards, input: f"--scores {input.scores}" if input.scores else "",
         code=code_hash("mask"),
     shell:
         "ecodiff mask {params.source} {output.mask} --load {params.load:q}"
         " --method ecodiff --percent {wildcards.percent} --settings {params.settings:q}"
-        " --calibration {input.calibration} --history {output.history} {params.scores}"
-        " > {log} 2>&1"
+        " --calibration {input.calibration} --history {output.history} > {log} 2>&1"
 
 
-# Baselines score units from the weights alone.
+# Baselines score units from the weights alone, once for all sparsities.
 rule baseline:
     input:
         model=dense_files,
@@ -63,4 +59,4 @@ rule baseline:
 
 rule masks:
     input:
-        of_masks("mask.safetensors"),
+        all_masks(),

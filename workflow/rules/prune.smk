@@ -21,12 +21,13 @@ rule prune:
     params:
         source=lookup(dpath="models/{model}/source", within=config),
         load=settings("models/{model}/load"),
+        percent=percent_of,
         grams=lambda wildcards, input: f"--grams {input.grams}" if input.grams else "",
         settings=settings("prune"),
         code=code_hash("prune"),
     shell:
         "ecodiff prune {params.source} {input.mask} {output} --load {params.load:q} {params.grams}"
-        " --settings {params.settings:q} > {log} 2>&1"
+        " --percent {params.percent} --settings {params.settings:q} > {log} 2>&1"
 
 
 rule pruned:

@@ -14,7 +14,7 @@ rule tables:
     input:
         config="<results>/config.yaml",
         quality=of_models("quality.json"),
-        masks=of_masks("mask.safetensors"),
+        pruned=all_pruned(),
         efficiency=of_models("efficiency.json") if run.evaluate.efficiency else [],
         published=run.report.published or [],
     output:
@@ -39,7 +39,7 @@ rule figures:
     input:
         config="<results>/config.yaml",
         quality=of_models("quality.json"),
-        masks=of_masks("mask.safetensors"),
+        pruned=all_pruned(),
         efficiency=of_models("efficiency.json") if run.evaluate.efficiency else [],
         mask_cost=of_models("mask_cost.csv") if run.evaluate.mask_cost else [],
     output:
