@@ -172,8 +172,8 @@ def test_the_state_of_another_run_is_not_continued(flux, tmp_path, caplog):
     pipe, calibration = flux
     scratch = tmp_path / "state.safetensors"
     made = learner(flux)
-    state = learn.State(scratch, {"other": 1}, made.gates, made.optimiser, made.objective)
-    state.write([])
+    state = learn.State(scratch, {"other": 1}, made.gates.logits, made.optimiser)
+    state.write({})
     with caplog.at_level(logging.WARNING):
         learn_mask(pipe, calibration, MaskSettings(**QUICK), 0.1, scratch)
     assert "another run" in caplog.text
@@ -188,7 +188,7 @@ def test_a_loss_that_is_not_finite_stops_names_prompts_and_keeps_the_state(flux,
     with pytest.raises(UserError, match=rf"iteration 1: .*{PROMPTS[order[0]]}"):
         learn_mask(pipe, broken, MaskSettings(**QUICK), 0.1, scratch)
     with safe_open(scratch, framework="pt") as file:
-        history = json.loads(file.metadata()["ecodiff"])["history"]
+        history = json.loads(file.metadata()["ecodiff"])["info"]["history"]
         assert len(history) == 1
         assert all(file.get_tensor(key).isfinite().all() for key in file.keys())  # noqa: SIM118
 

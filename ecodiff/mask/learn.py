@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -18,10 +20,10 @@ from ecodiff.calibrate import Calibration
 from ecodiff.errors import UserError
 from ecodiff.gates import Gates
 from ecodiff.mask.objective import Budget, Objective, Penalty, distortion, expected_sparsity
-from ecodiff.mask.state import State
 from ecodiff.pipelines import denoiser_of
 from ecodiff.rollout import frozen, rollout
 from ecodiff.settings import MaskSettings
+from ecodiff.state import State
 from ecodiff.structures import count_parameters, discover, maskable_share
 
 COLUMNS = (
@@ -69,8 +71,8 @@ def learn_mask(
         "sparsity": sparsity,
         "calibration": [calibration.fingerprint, calibration.prompts, calibration.seeds],
     }
-    state = State(scratch, identity, learner.gates, learner.optimiser, learner.objective)
-    history = state.restore()
+    state = State(scratch, identity, learner.gates.logits, learner.optimiser)
+    history = learner.restored(state)
     written = time.monotonic()
     console = Console(stderr=True)
     with (
@@ -82,12 +84,12 @@ def learn_mask(
             try:
                 history.append(learner.update(iteration))
             except FloatingPointError as error:
-                state.write(history)
+                state.write(learner.info(history))
                 raise UserError(f"mask: iteration {iteration}: {error}") from error
             bar.advance(task)
             log.info("%s", _line(history[-1], settings.iterations))
             if time.monotonic() - written > SAVE_EVERY:
-                state.write(history)
+                state.write(learner.info(history))
                 written = time.monotonic()
     state.discard()
     scores = {name: logits.detach().cpu().clone() for name, logits in learner.gates.logits.items()}
@@ -120,6 +122,16 @@ class _Learner:
         self.optimiser = torch.optim.AdamW(groups, weight_decay=0.0)
         self.objective = _objective(settings, sparsity, maskable_share(structures, self.total))
         self.variance = calibration.z0.float().var().item()
+
+    def info(self, history: list[dict[str, float]]) -> dict[str, Any]:
+        """What a state holds beside logits and moments."""
+        return {"history": history, "objective": asdict(self.objective)}
+
+    def restored(self, state: State) -> list[dict[str, float]]:
+        """Take on a state, if there is one; the history so far."""
+        found = state.restore() or self.info([])
+        self.objective = replace(self.objective, **found["objective"])
+        return found["history"]
 
     def update(self, iteration: int) -> dict[str, float]:
         """One update of all logits from the mean gradient of `batch * accumulate` prompts.

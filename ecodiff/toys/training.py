@@ -5,17 +5,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ecodiff.artifacts import atomic
+from ecodiff.state import State
 from ecodiff.toys import world
 
 SAVE_EVERY = 300.0  # seconds between two writes of an unfinished training's state
@@ -96,7 +94,9 @@ def fit(
     """
     module.train()
     optimizer = torch.optim.AdamW(module.parameters(), lr=recipe.lr, weight_decay=0.01)
-    first, before = _restore(state, recipe, module, optimizer) if state else (0, 0.0)
+    unfinished = State(state, asdict(recipe), dict(module.named_parameters()), optimizer)
+    found = unfinished.restore() or {"step": 0, "seconds": 0.0}
+    first, before = found["step"], found["seconds"]
     start = written = time.monotonic()
     running = None
     for step in range(first, recipe.steps):
@@ -114,50 +114,9 @@ def fit(
             print(
                 f"{name} step {step}/{recipe.steps} loss {running:.5f} {seconds:.0f}s", flush=True
             )
-        if state and time.monotonic() - written > SAVE_EVERY:
-            _save(state, recipe, module, optimizer, step + 1, seconds)
+        if time.monotonic() - written > SAVE_EVERY:
+            unfinished.write({"step": step + 1, "seconds": seconds})
             written = time.monotonic()
-    if state:
-        state.unlink(missing_ok=True)
+    unfinished.discard()
     module.eval()
     return before + time.monotonic() - start
-
-
-def _save(
-    path: Path,
-    recipe: Recipe,
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    step: int,
-    seconds: float,
-) -> None:
-    tensors = {f"module/{key}": value.contiguous() for key, value in module.state_dict().items()}
-    for i, parameter in enumerate(module.parameters()):
-        for key, value in optimizer.state[parameter].items():
-            tensors[f"{key}/{i}"] = value.contiguous()
-    metadata = {"recipe": repr(recipe), "step": str(step), "seconds": str(seconds)}
-    with atomic(path) as file:
-        save_file(tensors, file, metadata=metadata)
-
-
-def _restore(
-    path: Path, recipe: Recipe, module: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[int, float]:
-    """The step to go on with and the seconds spent before; (0, 0) without a state to use."""
-    if not path.exists():
-        return 0, 0.0
-    with safe_open(path, framework="pt", device=str(DEVICE)) as file:
-        metadata = file.metadata()
-        if metadata["recipe"] != repr(recipe):
-            return 0, 0.0
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    prefix = "module/"
-    weights = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    module.load_state_dict(weights)
-    for i, parameter in enumerate(module.parameters()):
-        optimizer.state[parameter] = {
-            "step": tensors[f"step/{i}"].cpu(),  # AdamW keeps its step counters on the CPU
-            "exp_avg": tensors[f"exp_avg/{i}"],
-            "exp_avg_sq": tensors[f"exp_avg_sq/{i}"],
-        }
-    return int(metadata["step"]), float(metadata["seconds"])
