@@ -159,7 +159,7 @@ def gather_grams(
     calibration.check(pipe)
     denoiser = denoiser_of(pipe)
     names = dict.fromkeys(port.module for s in structures for port in s.consumers)
-    sizes = {name: denoiser.get_submodule(name).in_features for name in names}
+    sizes = {name: denoiser.get_submodule(name).weight.shape[1] for name in names}
     heavy = sum(8 * size**2 for size in sizes.values()) > 8e9
     kind = {"dtype": torch.float32 if heavy else torch.float64, "device": denoiser.device}
     grams = Grams(
@@ -169,8 +169,9 @@ def gather_grams(
         fingerprint=calibration.fingerprint,
     )
 
-    def add(name: str, _: nn.Module, args: tuple[Any, ...]) -> None:
-        rows = args[0].flatten(0, -2).float()
+    def add(name: str, layer: nn.Module, args: tuple[Any, ...]) -> None:
+        x = args[0].movedim(1, -1) if isinstance(layer, nn.Conv2d) else args[0]
+        rows = x.flatten(0, -2).float()
         grams.gram[name] += rows.T @ rows
         grams.total[name] += rows.sum(0)
         grams.count[name] += len(rows)

@@ -163,7 +163,9 @@ class Gates(nn.Module):
             for handle in handles:
                 handle.remove()
 
-    def _gate_input(self, name: str, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _gate_input(self, name: str, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        if isinstance(layer, nn.Conv2d):
+            return (self._gated(name, args[0].movedim(1, -1)).movedim(-1, 1), *args[1:])
         return (self._gated(name, args[0]), *args[1:])
 
     def _gate_output(

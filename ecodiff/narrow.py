@@ -115,21 +115,23 @@ def consumer_columns(
         gone = torch.ones(structure.units, dtype=torch.bool)
         gone[kept[structure.name].cpu()] = False
         for port in structure.consumers:
-            width = denoiser.get_submodule(port.module).in_features
+            width = denoiser.get_submodule(port.module).weight.shape[1]
             mask = stays.setdefault(port.module, torch.ones(width, dtype=torch.bool))
             mask[structure.columns(port, gone.nonzero().flatten())] = False
     return {module: mask.nonzero().flatten() for module, mask in stays.items()}
 
 
-def _take(linear: nn.Linear, dim: int, kept: Tensor) -> None:
-    """Keep rows (dim 0, with their biases) or columns (dim 1) of a linear."""
-    linear.weight = _selected(linear.weight, dim, kept)
-    if dim == 0 and linear.bias is not None:
-        linear.bias = _selected(linear.bias, 0, kept)
-    if dim == 0:
-        linear.out_features = len(kept)
-    else:
-        linear.in_features = len(kept)
+def _take(layer: nn.Linear | nn.Conv2d, dim: int, kept: Tensor) -> None:
+    """Keep rows (dim 0, with their biases) or columns (dim 1) of a linear or convolution."""
+    layer.weight = _selected(layer.weight, dim, kept)
+    if dim == 0 and layer.bias is not None:
+        layer.bias = _selected(layer.bias, 0, kept)
+    sizes = ("out", "in")[dim : dim + 1]
+    if isinstance(layer, nn.Conv2d) and layer.groups > 1:  # one filter a channel
+        layer.groups, sizes = len(kept), ("out", "in")
+    for size in sizes:
+        unit = "channels" if isinstance(layer, nn.Conv2d) else "features"
+        setattr(layer, f"{size}_{unit}", len(kept))
 
 
 def _selected(weight: nn.Parameter, dim: int, kept: Tensor) -> nn.Parameter:

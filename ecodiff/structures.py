@@ -1,7 +1,8 @@
 """What can be removed from a denoiser: sets of equal units, and where they meet its linears.
 
 The only file that knows architectures. It reads them off the linears (their names, sizes and
-wiring), never off class names, and refuses a denoiser that it understands only in part.
+wiring), never off class names, and refuses a denoiser that it understands only in part. Sana's
+feed-forward is made of convolutions, whose channels are rows and columns all the same.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Port:
     """Where a structure meets one linear.
 
     Attributes:
-        module: dotted name of the `nn.Linear` in the denoiser.
+        module: dotted name of the `nn.Linear` (or `nn.Conv2d`) in the denoiser.
         offsets: unit `u` owns rows (producer) or columns (consumer)
             `[o + u * width, o + (u + 1) * width)` for each offset `o`; GEGLU has `(0, inner)`.
     """
@@ -104,7 +105,7 @@ def discover(model: Any) -> list[Structure]:
         listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
         raise UserError(
             f"{type(denoiser).__name__} is not supported; not understood: {listed or 'no linears'}"
-            " (supported: SDXL-type U-Nets and FLUX-type transformers, dense, adapters merged)"
+            " (see docs/families.md; adapters must be merged, weights not quantised)"
         )
     return structures
 
@@ -121,7 +122,7 @@ def maskable_share(structures: Iterable[Structure], total: int) -> float:
 
 def _structures(name: str, module: nn.Module, denoiser: nn.Module) -> Iterator[Structure]:
     """Yield the structures that `module` owns: none, or one."""
-    for recognise in (_heads, _feed_forward, _parallel_neurons, _modulation):
+    for recognise in _RECOGNISERS:
         structure = recognise(name, module, denoiser)
         if structure is not None:
             yield structure
@@ -163,6 +164,33 @@ def _feed_forward(name: str, module: nn.Module, denoiser: nn.Module) -> Structur
     return _structure(name, "neurons", inner, 1, producers, [Port(f"{name}.net.2")], denoiser)
 
 
+def _gated_feed_forward(name: str, module: nn.Module, denoiser: nn.Module) -> Structure | None:
+    """FFN `w2(silu(w1 x) * w3 x)`, as of Llama and Z-Image."""
+    first, second, third = (_linear(module, n) for n in ("w1", "w2", "w3"))
+    if first is None or second is None or third is None:
+        return None
+    inner = second.in_features
+    if not first.out_features == third.out_features == inner:
+        return None
+    producers = [Port(f"{name}.w1"), Port(f"{name}.w3")]
+    return _structure(name, "neurons", inner, 1, producers, [Port(f"{name}.w2")], denoiser)
+
+
+def _conv_feed_forward(name: str, module: nn.Module, denoiser: nn.Module) -> Structure | None:
+    """FFN of convolutions, as of Sana: value and gate, filtered channel by channel."""
+    parts = [module._modules.get(n) for n in ("conv_inverted", "conv_depth", "conv_point")]
+    if not all(isinstance(part, nn.Conv2d) for part in parts):
+        return None
+    first, depth, second = parts
+    inner = second.in_channels
+    kernel = second.kernel_size
+    if kernel != (1, 1) or not first.out_channels == depth.groups == 2 * inner:
+        return None
+    producers = [Port(f"{name}.{n}", (0, inner)) for n in ("conv_inverted", "conv_depth")]
+    consumers = [Port(f"{name}.conv_point")]
+    return _structure(name, "neurons", inner, 1, producers, consumers, denoiser)
+
+
 def _parallel_neurons(name: str, block: nn.Module, denoiser: nn.Module) -> Structure | None:
     """MLP of a parallel block: its columns come after the heads' in the packed `proj_out`."""
     if not _is_parallel(block):
@@ -174,12 +202,28 @@ def _parallel_neurons(name: str, block: nn.Module, denoiser: nn.Module) -> Struc
 
 
 def _modulation(name: str, module: nn.Module, denoiser: nn.Module) -> Structure | None:
-    """Adaptive norm: a `linear` that turns the conditioning into scales, shifts and gates."""
-    linear = _linear(module, "linear")
-    if linear is None or not isinstance(getattr(module, "norm", None), nn.Module):
+    """Adaptive norm: a linear that turns the conditioning into scales, shifts and gates.
+
+    It stands beside a norm or a SiLU as `linear`, or ends a Sequential that is called a modulation.
+    """
+    linear, path = _linear(module, "linear"), f"{name}.linear"
+    beside = any(isinstance(getattr(module, n, None), nn.Module) for n in ("norm", "silu"))
+    if isinstance(module, nn.Sequential) and "mod" in name.rpartition(".")[2].lower():
+        last = str(len(module) - 1)
+        linear, path, beside = _linear(module, last), f"{name}.{last}", True
+    if linear is None or not beside:
         return None
-    port = Port(f"{name}.linear")
-    return _structure(name, "modulation", linear.out_features, 1, [port], [], denoiser)
+    return _structure(name, "modulation", linear.out_features, 1, [Port(path)], [], denoiser)
+
+
+_RECOGNISERS = (
+    _heads,
+    _feed_forward,
+    _gated_feed_forward,
+    _conv_feed_forward,
+    _parallel_neurons,
+    _modulation,
+)
 
 
 def _structure(
@@ -194,11 +238,11 @@ def _structure(
     parameters = 0
     for port in producers:
         linear = denoiser.get_submodule(port.module)
-        row = linear.in_features + (linear.bias is not None)
+        row = linear.weight[0].numel() + (linear.bias is not None)
         parameters += len(port.offsets) * width * row
     for port in consumers:
         linear = denoiser.get_submodule(port.module)
-        parameters += len(port.offsets) * width * linear.out_features  # the bias stays
+        parameters += len(port.offsets) * width * linear.weight[:, 0].numel()  # the bias stays
     name = f"{owner}.{kind}"
     return Structure(name, kind, units, width, tuple(producers), tuple(consumers), parameters)
 
@@ -230,7 +274,8 @@ def _unfit(denoiser: nn.Module, structures: list[Structure]) -> list[str]:
     That is a linear or convolution wired in an unknown way, a fused projection, an adapter's or a
     quantiser's layer in the place of a linear, or what an earlier pruning left.
     """
-    owned = {port.module for s in structures for port in (*s.producers, *s.consumers)}
+    known = {port.module for s in structures for port in (*s.producers, *s.consumers)}
+    known |= _whole_attentions(denoiser)
     blocks = tuple(
         name.rpartition(".")[0].rpartition(".")[0] + "."
         for name, _ in denoiser.named_modules()
@@ -239,8 +284,22 @@ def _unfit(denoiser: nn.Module, structures: list[Structure]) -> list[str]:
     return [
         name
         for name, module in denoiser.named_modules()
-        if name.startswith(blocks) and name not in owned and _has_matrix(module)
+        if name.startswith(blocks) and name not in known and _has_matrix(module)
     ]
+
+
+def _whole_attentions(denoiser: nn.Module) -> set[str]:
+    """The linears of attentions that stay whole: their q/k norms span all heads (Wan)."""
+    return {
+        f"{name}.{inner}"
+        for name, module in denoiser.named_modules()
+        if (query := _linear(module, "to_q")) is not None
+        and (heads := getattr(module, "heads", 0)) > 0
+        and not _norms_are_per_head(module, query.out_features // heads)
+        and _norms_are_per_head(module, query.out_features)
+        for inner, part in module.named_modules()
+        if isinstance(part, nn.Linear)
+    }
 
 
 def _has_matrix(module: nn.Module) -> bool:

@@ -28,12 +28,12 @@ def random(structures: Sequence[Structure], seed: int) -> dict[str, Tensor]:
 def _root_mean_square(denoiser: nn.Module, structure: Structure) -> Tensor:
     squares, count = torch.zeros(structure.units), 0
     every = torch.arange(structure.units)
-    for ports, dimension in ((structure.producers, 1), (structure.consumers, 0)):
+    for ports, axis in ((structure.producers, 0), (structure.consumers, 1)):
         for port in ports:
-            weight = denoiser.get_submodule(port.module).weight
-            lines = weight.float().square().sum(dimension).cpu()
-            owned = lines[structure.columns(port, every)]
+            weight = denoiser.get_submodule(port.module).weight.float()
+            lines = weight.movedim(axis, 0).flatten(1).square()
+            owned = lines.sum(1).cpu()[structure.columns(port, every)]
             owned = owned.view(len(port.offsets), structure.units, structure.width)
             squares += owned.sum((0, 2))
-            count += len(port.offsets) * structure.width * weight.shape[dimension]
+            count += len(port.offsets) * structure.width * lines.shape[1]
     return (squares / count).sqrt()

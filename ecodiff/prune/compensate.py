@@ -44,7 +44,7 @@ def compensate(
             raise UserError(f"grams: {module} is missing; gather them for all structures")
         columns = columns.to(linear.weight.device)
         weight, bias = solve(
-            linear.weight.detach(),
+            linear.weight.detach().flatten(1),  # a convolution that contracts is a linear: 1x1
             None if linear.bias is None else linear.bias.detach(),
             grams.gram[module].to(linear.weight.device),
             grams.total[module].to(linear.weight.device),
@@ -53,7 +53,7 @@ def compensate(
             ridge,
         )
         with torch.no_grad():
-            linear.weight[:, columns] = weight
+            linear.weight[:, columns] = weight.view(-1, len(columns), *linear.weight.shape[2:])
             if bias is not None:
                 linear.bias.copy_(bias)
 

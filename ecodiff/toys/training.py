@@ -93,7 +93,10 @@ def fit(
         The time it took, in seconds.
     """
     module.train()
-    optimizer = torch.optim.AdamW(module.parameters(), lr=recipe.lr, weight_decay=0.01)
+    # A long memory of squared gradients is what lets a short training at a high rate explode.
+    optimizer = torch.optim.AdamW(
+        module.parameters(), lr=recipe.lr, betas=(0.9, 0.99), weight_decay=0.01
+    )
     unfinished = State(state, asdict(recipe), dict(module.named_parameters()), optimizer)
     found = unfinished.restore() or {"step": 0, "seconds": 0.0}
     first, before = found["step"], found["seconds"]
