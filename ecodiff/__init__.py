@@ -15,6 +15,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+from ecodiff import own_class
+
 _HOMES = {
     "Mask": "ecodiff.mask",
     "Structure": "ecodiff.structures",
@@ -24,7 +26,7 @@ _HOMES = {
     "save": "ecodiff.saving",
     "score": "ecodiff.mask",
     "select": "ecodiff.mask",
-    # diffusers looks for the base class beside a component's class to know how to load it.
+    # diffusers looks for the base class beside the class of a component that it is given.
     "ModelMixin": "diffusers",
 }
 
@@ -47,7 +49,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         value = getattr(import_module(_HOMES[name]), name)
     elif name.startswith("Pruned"):
-        value = import_module("ecodiff.saving").class_named(name)
+        value = getattr(import_module("ecodiff.pruned"), name)
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value
@@ -56,3 +58,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+own_class.install()

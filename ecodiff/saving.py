@@ -1,77 +1,32 @@
 """The folder format of a pruned model: a diffusers pipeline folder that diffusers itself reads.
 
-`config.json` of the denoiser gains `pruned`, structure name -> units kept, and `model_index.json`
-names the class `ecodiff.Pruned<Class>`. That class builds its dense parent from the config and
-narrows the shapes before weights are read, so sharding, variants, dtypes and devices remain
-diffusers' business. Safetensors only.
+`model_index.json` names the denoiser's class `ecodiff.Pruned<Class>`, whose file lies beside the
+weights (see `ecodiff.pruned`). It builds its dense parent from the config and narrows the shapes
+before weights are read, so sharding, variants, dtypes and devices remain diffusers' business.
+Safetensors only.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import diffusers
 import torch
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline, ModelMixin
 from safetensors import SafetensorError, safe_open
-from torch import nn
 
+from ecodiff import pruned
 from ecodiff.artifacts import atomic
 from ecodiff.errors import UserError
-from ecodiff.narrow import narrow
+from ecodiff.pruned import Pruned
 from ecodiff.structures import Structure, discover
 
 MARKER = "ecodiff.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-
-
-class Pruned:
-    """What makes a diffusers model class a pruned one: shapes narrowed as its config says."""
-
-    @classmethod
-    def from_config(
-        cls, config: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
-    ) -> Self | tuple[Self, dict[str, Any]]:
-        """Build the model without weights; same contract as `ConfigMixin.from_config`.
-
-        Raises:
-            UserError: `pruned` of the config names structures or sizes that the model lacks.
-        """
-        config = dict(config)
-        units = config.pop("pruned", {})
-        model, unused = super().from_config(config, return_unused_kwargs=True, **kwargs)
-        _narrow_to(model, units)
-        model.register_to_config(pruned=dict(units))
-        return (model, unused) if return_unused_kwargs else model
-
-
-@cache
-def pruned_class(dense: type[ModelMixin]) -> type[ModelMixin]:
-    """Return the pruned counterpart of a diffusers model class.
-
-    Its module is `ecodiff`, not this one: `model_index.json` records the module, and diffusers
-    looks it up among those that are already imported.
-    """
-    members = {"__module__": "ecodiff", "__doc__": f"A pruned `diffusers.{dense.__name__}`."}
-    return type(f"Pruned{dense.__name__}", (Pruned, dense), members)
-
-
-def class_named(name: str) -> type[ModelMixin]:
-    """Return the class `Pruned<Class>` for a diffusers model class.
-
-    Raises:
-        AttributeError: diffusers has no such model class.
-    """
-    dense = getattr(diffusers, name.removeprefix("Pruned"), None)
-    is_model = isinstance(dense, type) and issubclass(dense, ModelMixin)
-    if not (name.startswith("Pruned") and is_model):
-        raise AttributeError(f"module 'ecodiff' has no attribute {name!r}")
-    return pruned_class(dense)
+SHARD = "5GB"  # the largest file that is written
 
 
 def dense_structures(denoiser: ModelMixin) -> list[Structure]:
@@ -99,7 +54,7 @@ def save(pipe: DiffusionPipeline, folder: str | Path) -> None:
     if folder.exists() and not is_ours:
         raise UserError(f"{folder}: exists and was not written by ecodiff; choose another folder")
     with atomic(folder) as scratch:
-        pipe.save_pretrained(scratch, safe_serialization=True)
+        pipe.save_pretrained(scratch, safe_serialization=True, max_shard_size=SHARD)
         (scratch / MARKER).write_text(json.dumps({"format": 1}) + "\n")
 
 
@@ -134,8 +89,7 @@ def load(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Diffusion
 def _load_denoiser(folder: Path, library: str, class_name: str, dtype: torch.dtype) -> ModelMixin:
     """Load the denoiser and insist that each of its tensors came from the files."""
     try:
-        model_class = class_named(class_name) if library == "ecodiff" else None
-        model_class = model_class or getattr(diffusers, class_name)
+        model_class = getattr(pruned if library == "ecodiff" else diffusers, class_name)
     except AttributeError as error:
         raise UserError(f"{folder}: unknown denoiser class {library}.{class_name}") from error
     _read_json(folder / "config.json")
@@ -174,17 +128,6 @@ def _check_weights(folder: Path) -> None:
         except (SafetensorError, OSError) as error:
             reason = _first_line(error)
             raise UserError(f"{file}: truncated or not safetensors ({reason})") from error
-
-
-def _narrow_to(model: nn.Module, units: Mapping[str, int]) -> None:
-    """Give a dense model the shapes of a pruned one; which units stay doesn't matter here."""
-    structures = discover(model)
-    sizes = {s.name: s.units for s in structures}
-    for name, count in units.items():
-        if name not in sizes or not isinstance(count, int) or not 0 <= count <= sizes[name]:
-            allowed = f"0 to {sizes[name]}" if name in sizes else "a structure of this model"
-            raise UserError(f"config.json: pruned: {name}: {count} is not possible ({allowed})")
-    narrow(model, structures, {name: torch.arange(count) for name, count in units.items()})
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from torch import nn
 import ecodiff
 from ecodiff.errors import UserError
 from ecodiff.gates import Gates
-from ecodiff.narrow import NoHeads, ScatterLinear
 from ecodiff.pipelines import denoise, encode, starting_noise
+from ecodiff.pruned import NoHeads, ScatterLinear
 from ecodiff.structures import count_parameters, denoiser_of, discover
 
 FAMILIES = ("sdxl", "flux")
@@ -192,8 +192,11 @@ def test_attention_knows_its_heads_and_keeps_its_query_dim():
 def test_prune_takes_a_mask_by_its_kept_units():
     pipe = tiny("sdxl")
     structure = next(s for s in discover(pipe) if s.kind == "neurons")
+    (consumer,) = structure.consumers
+    rows = pipe.unet.get_submodule(consumer.module).out_features
     ecodiff.prune(pipe, SimpleNamespace(kept={structure.name: one_unit(structure, 3)}))
-    assert pipe.unet.config["pruned"] == {structure.name: 1}
+    assert pipe.unet.config["pruned"]["shapes"][consumer.module] == [rows, 1]
+    assert pipe.unet.get_submodule(consumer.module).weight.shape == (rows, 1)
 
 
 def test_the_verb_survives_imports_of_its_package():

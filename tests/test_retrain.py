@@ -19,9 +19,9 @@ import ecodiff
 from ecodiff.calibrate import calibrate
 from ecodiff.errors import UserError
 from ecodiff.pipelines import denoise
+from ecodiff.pruned import Pruned
 from ecodiff.retrain import retrain
 from ecodiff.retrain.objective import conditioned, objective
-from ecodiff.saving import Pruned
 from ecodiff.settings import RetrainSettings
 from ecodiff.structures import denoiser_of, discover
 

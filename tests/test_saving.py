@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from functools import cache
@@ -15,9 +16,10 @@ from safetensors.torch import save_file
 from tiny import CALLS, tiny
 
 import ecodiff
+from ecodiff import pruned as shipped
 from ecodiff.errors import UserError
 from ecodiff.pipelines import denoise, encode, load_pipeline, starting_noise
-from ecodiff.saving import Pruned, class_named
+from ecodiff.pruned import Pruned
 from ecodiff.structures import denoiser_of, discover
 
 FAMILIES = ("sdxl", "flux")
@@ -91,6 +93,34 @@ def test_a_fresh_process_needs_nothing_but_import_ecodiff(saved):
     assert run.stdout.split() == [type(denoiser).__name__, str(denoiser.num_parameters())]
 
 
+@pytest.mark.slow
+def test_diffusers_reads_it_without_ecodiff_when_its_code_is_trusted(saved, tmp_path):
+    family, pipe, folder = saved
+    script = (
+        "import sys; sys.modules['ecodiff'] = None;"  # as if it were not installed
+        "from diffusers import DiffusionPipeline as P;"
+        "p = P.from_pretrained(sys.argv[1], trust_remote_code=True);"
+        "p.save_pretrained(sys.argv[2]); d = getattr(p, 'unet', None) or p.transformer;"
+        "print(type(d).__name__, d.num_parameters())"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script, folder, tmp_path / "again"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "HF_HOME": str(tmp_path / "home")},
+    )
+    denoiser = denoiser_of(pipe)
+    assert run.stdout.split() == [type(denoiser).__name__, str(denoiser.num_parameters())]
+    assert torch.equal(z0(ecodiff.load(tmp_path / "again"), family), z0(pipe, family))
+
+
+def test_code_in_a_folder_is_not_run_where_ecodiff_is_imported(damaged):
+    (damaged / "transformer/ecodiff.py").write_text("raise RuntimeError('it was run')")
+    again = DiffusionPipeline.from_pretrained(damaged, trust_remote_code=True)
+    assert isinstance(again.transformer, Pruned)
+
+
 def test_saving_what_was_loaded_gives_the_same_files(saved, tmp_path):
     _, pipe, folder = saved
     ecodiff.save(ecodiff.load(folder), tmp_path / "again")
@@ -127,7 +157,8 @@ def test_load_casts_weights_and_not_indices(saved):
 
 def test_only_safetensors_are_written(saved):
     *_, folder = saved
-    assert {f.suffix for f in folder.rglob("*") if f.is_file()} <= {".json", ".safetensors", ".txt"}
+    suffixes = {".json", ".safetensors", ".txt", ".py"}
+    assert {f.suffix for f in folder.rglob("*") if f.is_file()} <= suffixes
 
 
 def test_saved_model_shrinks_on_disk(saved, tmp_path):
@@ -244,21 +275,23 @@ def edit_config(folder, **values):
 
 def test_other_sizes_in_the_config_are_refused(damaged):
     config = json.loads((damaged / "transformer" / "config.json").read_text())
-    edit_config(damaged, pruned={**config["pruned"], "norm_out.modulation": 5})
+    config["pruned"]["shapes"]["norm_out.linear"][0] = 5
+    edit_config(damaged, pruned=config["pruned"])
     refuses(damaged, "disagree: .*norm_out.linear")
 
 
 @pytest.mark.parametrize(
-    ("entry", "message"),
+    ("record", "message"),
     [
-        ({"nowhere.heads": 1}, "nowhere.heads: 1 is not possible"),
-        ({"norm_out.modulation": 99999}, r"99999 is not possible \(0 to \d+\)"),
-        ({"norm_out.modulation": -1}, "-1 is not possible"),
-        ({"norm_out.modulation": "3"}, "3 is not possible"),
+        ({"shapes": {"nowhere": [1, 1]}}, r"nowhere: \[1, 1\] is not possible \(a linear"),
+        ({"shapes": {"norm_out.linear": [99999, 1]}}, r"possible \(at most \["),
+        ({"shapes": {"norm_out.linear": [-1, 1]}}, "is not possible"),
+        ({"heads": {"transformer_blocks.0.attn": 99}}, r"99 is not possible \(0 to 2\)"),
+        ({"heads": {"nowhere": 1}}, "1 is not possible .an attention"),
     ],
 )
-def test_an_impossible_config_is_refused(damaged, entry, message):
-    edit_config(damaged, pruned=entry)
+def test_an_impossible_config_is_refused(damaged, record, message):
+    edit_config(damaged, pruned=record)
     refuses(damaged, message)
 
 
@@ -269,7 +302,7 @@ def test_an_unknown_class_is_refused(damaged):
 
 
 def test_the_classes_are_attributes_of_the_package():
-    assert ecodiff.PrunedUNet2DConditionModel is class_named("PrunedUNet2DConditionModel")
+    assert ecodiff.PrunedUNet2DConditionModel is shipped.PrunedUNet2DConditionModel
     assert ecodiff.PrunedUNet2DConditionModel.__module__ == "ecodiff"
     with pytest.raises(AttributeError):
         ecodiff.PrunedEulerDiscreteScheduler  # noqa: B018

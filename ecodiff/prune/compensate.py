@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ecodiff.errors import UserError
-from ecodiff.narrow import consumer_columns
+from ecodiff.prune.narrow import consumer_columns
 from ecodiff.structures import Structure
 
 if TYPE_CHECKING:

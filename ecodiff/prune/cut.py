@@ -10,9 +10,9 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from ecodiff.errors import UserError
-from ecodiff.narrow import narrow
 from ecodiff.prune.compensate import compensate
-from ecodiff.saving import Pruned, pruned_class
+from ecodiff.prune.narrow import narrow
+from ecodiff.pruned import Pruned, pruned_class
 from ecodiff.structures import Structure, denoiser_of, discover
 
 if TYPE_CHECKING:
@@ -50,9 +50,9 @@ def prune(
     if grams is not None:
         grams.check(pipe)
         compensate(denoiser, structures, kept, grams, ridge)
-    narrow(denoiser, structures, kept)
+    record = narrow(denoiser, structures, kept)
     denoiser.__class__ = pruned_class(type(denoiser))
-    denoiser.register_to_config(pruned={name: len(units) for name, units in kept.items()})
+    denoiser.register_to_config(pruned=record)
     # The pipeline recorded the dense class; setting the component records the new one.
     name = next(n for n, component in pipe.components.items() if component is denoiser)
     setattr(pipe, name, denoiser)

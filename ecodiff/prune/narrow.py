@@ -1,0 +1,76 @@
+"""Narrow the linears of a denoiser to the units that stay.
+
+`W[:, keep] @ x[keep] == W @ (m * x)` for a 0/1 mask m, so cutting rows of the producers and columns
+of the consumers leaves what the model computes under that mask as it is (EcoDiff, "structural
+pruning"). Where nothing is left to attend with, `NoHeads` stands in for the attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ecodiff.pruned import ScatterLinear, set_heads, take
+from ecodiff.structures import Structure
+
+
+def narrow(
+    denoiser: nn.Module, structures: Iterable[Structure], kept: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """Cut a dense denoiser in place.
+
+    Args:
+        denoiser: the dense denoiser; any device, `meta` included.
+        structures: its structures.
+        kept: structure name -> int64 (k,) indices of the units that stay, ascending; k may be 0.
+            Structures not named stay whole.
+
+    Returns:
+        What `pruned` in the config says of the result, see `ecodiff.pruned`.
+    """
+    structures = [s for s in structures if s.name in kept]
+    scattered, heads = [], {}
+    for module, columns in consumer_columns(denoiser, structures, kept).items():
+        take(denoiser.get_submodule(module), 1, columns)
+    for structure in structures:
+        units = kept[structure.name]
+        for port in structure.producers:
+            rows, linear = structure.columns(port, units), denoiser.get_submodule(port.module)
+            if structure.kind == "modulation":
+                denoiser.set_submodule(port.module, ScatterLinear(linear, rows))
+                scattered.append(port.module)
+            else:
+                take(linear, 0, rows)
+        if structure.kind == "heads":
+            owner = structure.name.removesuffix(".heads")
+            set_heads(denoiser, owner, len(units))
+            heads[owner] = len(units)
+    layers = dict(denoiser.named_modules())
+    ports = {port.module for s in structures for port in (*s.producers, *s.consumers)}
+    # The projections of an attention without heads are gone.
+    shapes = {name: list(layers[name].weight.shape) for name in sorted(ports & layers.keys())}
+    return {"shapes": shapes, "scattered": scattered, "heads": heads}
+
+
+def consumer_columns(
+    denoiser: nn.Module, structures: Iterable[Structure], kept: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Find the input columns that stay of each consumer, jointly over all structures that cut it.
+
+    Returns:
+        Module name -> int64 (columns kept,), ascending, on the CPU.
+    """
+    stays: dict[str, Tensor] = {}
+    for structure in structures:
+        if structure.name not in kept:
+            continue
+        gone = torch.ones(structure.units, dtype=torch.bool)
+        gone[kept[structure.name].cpu()] = False
+        for port in structure.consumers:
+            width = denoiser.get_submodule(port.module).weight.shape[1]
+            mask = stays.setdefault(port.module, torch.ones(width, dtype=torch.bool))
+            mask[structure.columns(port, gone.nonzero().flatten())] = False
+    return {module: mask.nonzero().flatten() for module, mask in stays.items()}

@@ -1,0 +1,205 @@
+"""The class of a pruned denoiser. `save_pretrained` puts this very file beside the weights.
+
+It imports nothing of ecodiff, so that diffusers reads a pruned folder without ecodiff too, with
+`trust_remote_code=True`. A pruned denoiser is its dense diffusers class with narrower layers; its
+config says how narrow, under `pruned`:
+
+    shapes     layer -> shape of its weight
+    scattered  linears whose missing output channels are 0
+    heads      attention -> heads that are left
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from functools import cache, wraps
+from pathlib import Path
+from typing import Any, Self
+
+import diffusers
+import torch
+from diffusers import ModelMixin
+from torch import Tensor, nn
+
+CLASS_FILE = "ecodiff.py"
+
+
+class ScatterLinear(nn.Linear):
+    """A linear whose pruned output channels are exactly 0.
+
+    Args:
+        linear: the dense linear, weight (out, in).
+        kept: int64 (k,), its output channels that stay.
+
+    The weight is (k, in); `index` (k,) is saved with it. The output is (..., out) as before.
+    """
+
+    def __init__(self, linear: nn.Linear, kept: Tensor) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.channels = linear.out_features
+        self.register_buffer("index", kept.clone())
+        take(self, 0, kept)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (..., in) to (..., out), in the dtype of the narrow linear's result."""
+        narrow = super().forward(input)
+        full = narrow.new_zeros(*narrow.shape[:-1], self.channels)
+        return full.index_copy(-1, self.index, narrow)
+
+
+class NoHeads(nn.Module):
+    """Attention without heads: what the masked one returns, which is not its input.
+
+    The output projections have no columns left and give their biases. Without an output projection
+    (FLUX's single blocks) the result has zero width.
+    """
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.is_joint = getattr(attention, "add_k_proj", None) is not None
+        self.residual_connection = getattr(attention, "residual_connection", False)
+        self.rescale_output_factor = getattr(attention, "rescale_output_factor", 1.0)
+        self.to_out = getattr(attention, "to_out", None)
+        self.to_add_out = getattr(attention, "to_add_out", None)
+
+    def forward(
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **_: Any
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return (B, S, C), or a pair of it with the context's in joint attention."""
+        image = hidden_states
+        if image.ndim == 4:
+            image = image.flatten(2).transpose(1, 2)
+        image = _project(self.to_out, image[..., :0])
+        if hidden_states.ndim == 4:
+            image = image.transpose(1, 2).reshape(hidden_states.shape)
+        if self.residual_connection:
+            image = image + hidden_states
+        image = image / self.rescale_output_factor
+        if self.is_joint and encoder_hidden_states is not None:
+            return image, _project(self.to_add_out, encoder_hidden_states[..., :0])
+        return image
+
+
+class Pruned:
+    """What makes a diffusers model class a pruned one: layers as narrow as its config says."""
+
+    @classmethod
+    def from_config(
+        cls, config: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Self | tuple[Self, dict[str, Any]]:
+        """Build the model without weights; same contract as `ConfigMixin.from_config`.
+
+        Raises:
+            ValueError: `pruned` of the config names layers or sizes that the model lacks.
+        """
+        config = dict(config)
+        record = config.pop("pruned", {})
+        model, unused = super().from_config(config, return_unused_kwargs=True, **kwargs)
+        _apply(model, record)
+        model.register_to_config(pruned=dict(record))
+        return (model, unused) if return_unused_kwargs else model
+
+    @wraps(ModelMixin.save_pretrained)  # pipelines look at the signature
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """Write weights, config and this class; same contract as `ModelMixin.save_pretrained`."""
+        # Before the weights: they may be pushed to the hub in the same call.
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(__file__, Path(save_directory, CLASS_FILE))
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+
+@cache
+def pruned_class(dense: type[ModelMixin]) -> type[ModelMixin]:
+    """Return the pruned counterpart of a diffusers model class."""
+    # model_index.json records this module: the package's name, and that of the file in the folder.
+    members = {"__module__": "ecodiff", "__doc__": f"A pruned `diffusers.{dense.__name__}`."}
+    return type(f"Pruned{dense.__name__}", (Pruned, dense), members)
+
+
+def __getattr__(name: str) -> type[ModelMixin]:
+    """The class `Pruned<Class>` for a diffusers model class."""
+    dense = getattr(diffusers, name.removeprefix("Pruned"), None)
+    is_model = isinstance(dense, type) and issubclass(dense, ModelMixin)
+    if not (name.startswith("Pruned") and is_model):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return pruned_class(dense)
+
+
+def take(layer: nn.Linear | nn.Conv2d, dim: int, kept: Tensor) -> None:
+    """Keep rows (dim 0, with their biases) or columns (dim 1) of a linear or convolution."""
+    layer.weight = _selected(layer.weight, dim, kept)
+    if dim == 0 and layer.bias is not None:
+        layer.bias = _selected(layer.bias, 0, kept)
+    sizes = ("out", "in")[dim : dim + 1]
+    if isinstance(layer, nn.Conv2d) and layer.groups > 1:  # one filter a channel
+        layer.groups, sizes = len(kept), ("out", "in")
+    for size in sizes:
+        unit = "channels" if isinstance(layer, nn.Conv2d) else "features"
+        setattr(layer, f"{size}_{unit}", len(kept))
+
+
+def set_heads(denoiser: nn.Module, name: str, heads: int) -> None:
+    """Tell an attention how many heads it has; diffusers' processors divide by that number."""
+    attention = denoiser.get_submodule(name)
+    if heads == 0:
+        denoiser.set_submodule(name, NoHeads(attention))
+        return
+    inner = heads * (attention.inner_dim // attention.heads)
+    for attribute, value in (
+        ("heads", heads),
+        ("sliceable_head_dim", heads),
+        ("inner_dim", inner),
+        ("inner_kv_dim", inner),
+    ):
+        if hasattr(attention, attribute):
+            setattr(attention, attribute, value)
+
+
+def _apply(model: nn.Module, record: Mapping[str, Any]) -> None:
+    """Give a dense model the shapes of a pruned one; which units stay doesn't matter here."""
+    scattered = set(record.get("scattered", ()))
+    for name, shape in record.get("shapes", {}).items():
+        layer = _part(model, name)
+        dense = list(layer.weight.shape) if isinstance(layer, nn.Linear | nn.Conv2d) else []
+        fits = (0 <= narrow <= wide for narrow, wide in zip(shape, dense, strict=False))
+        if len(shape) != len(dense) or not all(fits):
+            allowed = f"at most {dense}" if dense else "a linear of this model"
+            raise ValueError(f"config.json: pruned: {name}: {shape} is not possible ({allowed})")
+        device = layer.weight.device
+        rows, columns = (torch.arange(size, device=device) for size in shape[:2])
+        if name in scattered:
+            model.set_submodule(name, ScatterLinear(layer, rows))
+        elif len(rows) < dense[0]:
+            take(layer, 0, rows)
+        if len(columns) < dense[1]:
+            take(layer, 1, columns)
+    for name, heads in record.get("heads", {}).items():
+        dense_heads = getattr(_part(model, name), "heads", 0)
+        if not isinstance(heads, int) or not 0 <= heads <= dense_heads:
+            allowed = f"0 to {dense_heads}" if dense_heads else "an attention of this model"
+            raise ValueError(f"config.json: pruned: {name}: {heads} is not possible ({allowed})")
+        set_heads(model, name, heads)
+
+
+def _part(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _selected(weight: nn.Parameter, dim: int, kept: Tensor) -> nn.Parameter:
+    chosen = weight.detach().index_select(dim, kept.to(weight.device)).contiguous()
+    return nn.Parameter(chosen, requires_grad=weight.requires_grad)
+
+
+def _project(output: nn.Module | None, empty: Tensor) -> Tensor:
+    """Apply an output projection, which may be followed by a dropout, to a zero-width input."""
+    if output is None:
+        return empty
+    for layer in output if isinstance(output, nn.ModuleList) else (output,):
+        empty = layer(empty)
+    return empty
