@@ -129,6 +129,9 @@ class MaskSettings(Settings):
     """Rank units across all structures, or remove the same share of each."""
     min_units: NonNegativeInt = 0
     """Units that each structure keeps at least."""
+    align: Literal[1, 8, 16, 64] = 1
+    """Feed-forwards that lose neurons keep a multiple of this many: tensor cores are slow at other
+    widths. 1: as the scores say."""
     seed: NonNegativeInt = 0
 
     @property

@@ -98,6 +98,45 @@ def test_ties_go_in_order_and_scores_are_not_clamped():
     assert kept(0.10, logits) == ([False, True, True], [False, False, False, True])
 
 
+def aligned(units, sparsity, align=4, **options):
+    """Which neurons stay of one FFN with rising scores, and three heads that score above them."""
+    ffn = Structure("f.neurons", "neurons", units, 1, (), (), unit_parameters=1)
+    scores = {"f.neurons": torch.arange(float(units)), "a.heads": torch.full((3,), 100.0)}
+    found = select([ffn, HEADS], scores, sparsity, 100, align=align, **options)
+    return int(found["f.neurons"].sum()), int(found["a.heads"].sum())
+
+
+@pytest.mark.parametrize(
+    ("units", "sparsity", "left"),
+    [
+        (12, 0.0, (12, 3)),
+        (12, 0.01, (8, 3)),  # four go for one
+        (12, 0.04, (8, 3)),
+        (12, 0.05, (4, 3)),
+        (10, 0.0, (10, 3)),  # untouched, though no multiple
+        (10, 0.01, (8, 3)),  # the first two make it a multiple
+        (10, 0.03, (4, 3)),
+        (10, 0.11, (0, 2)),  # no neurons are left: now heads, one by one
+    ],
+)
+def test_aligned_neurons_leave_a_multiple(units, sparsity, left):
+    assert aligned(units, sparsity) == left
+
+
+def test_an_aligned_floor_is_rounded_up():
+    assert aligned(12, 0.08, floor=3) == (4, 3)
+    with pytest.raises(UserError, match=r"0 to 0\.0800"):  # a third group would leave none
+        aligned(12, 0.09, floor=3)
+
+
+def test_aligned_neurons_are_ranked_by_their_mean():
+    a, b = (Structure(f"{n}.neurons", "neurons", 2, 1, (), (), unit_parameters=1) for n in "ab")
+    scores = {"a.neurons": torch.tensor([0.0, 9.0]), "b.neurons": torch.tensor([2.0, 3.0])}
+    found = select([a, b], scores, 0.2, 10, align=2)
+    assert found["a.neurons"].tolist() == [True, True]
+    assert found["b.neurons"].tolist() == [False, False]
+
+
 def test_infinite_scores_rank_but_nan_does_not():
     scores = {**SCORES, "b.neurons": torch.tensor([float("inf"), float("-inf"), 0, 0])}
     assert kept(0.03, scores)[1] == [True, False, True, True]

@@ -117,7 +117,7 @@ def make_mask(
 ) -> tuple[Mask, pd.DataFrame]:
     """Score with a method, then select: the mask and the history (no rows for baselines).
 
-    `settings` also says how to select (`scope`, `min_units`) and seeds `random`. `scratch` holds
+    `settings` also says how to select (`scope`, `min_units`, `align`) and seeds `random`. `scratch` holds
     the state of unfinished learning, see `learn.learn_mask`. Raises what `score` and `select` do.
     """
     settings = settings or MaskSettings()
@@ -173,7 +173,8 @@ def _selected(
     """The mask that scores give at a sparsity; `info` is completed."""
     denoiser = denoiser_of(pipe)
     structures, total = discover(denoiser), count_parameters(denoiser)
-    kept = select(structures, found, sparsity, total, settings.scope, settings.min_units)
+    limits = (settings.scope, settings.min_units, settings.align)
+    kept = select(structures, found, sparsity, total, *limits)
     exact = removed_share(structures, kept, total)
     return Mask(found, kept, {**info, "target": sparsity, "sparsity": exact, "parameters": total})
 

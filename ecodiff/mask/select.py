@@ -22,11 +22,12 @@ def select(
     total_parameters: int,
     scope: Scope = "global",
     floor: int = 0,
+    align: int = 1,
 ) -> dict[str, Tensor]:
     """Remove the lowest units until `sparsity` of all parameters is gone (EcoDiff, "ranking").
 
-    The removed parameters reach the target and overshoot it by less than one unit. Ties go in the
-    order of the structures and of the units within.
+    The removed parameters reach the target and overshoot it by less than what went last: one unit,
+    or `align` neurons. Ties go in the order of the structures and of the units within.
 
     Args:
         structures: all structures of the denoiser.
@@ -36,6 +37,8 @@ def select(
         scope: `global` ranks all units against each other; `structure` takes the same share of
             units from each structure.
         floor: how many units, its best ones, each structure keeps at least.
+        align: neurons go so many at a time, ranked by their mean score, that a structure that loses
+            any keeps a multiple of this; tensor cores are slow at other widths. 1: one by one.
 
     Returns:
         Structure name -> bool (units,), true for units that stay.
@@ -44,25 +47,37 @@ def select(
         UserError: scores don't fit the structures or are NaN, or `sparsity` cannot be reached.
     """
     check_scores(structures, scores)
-    orders = [scores[s.name].float().cpu().argsort(stable=True) for s in structures]
-    removable = [
-        order[: max(s.units - floor, 0)] for s, order in zip(structures, orders, strict=True)
-    ]
-    if scope == "global":
-        keys = [scores[s.name].float().cpu()[u] for s, u in zip(structures, removable, strict=True)]
-    else:
-        keys = [
-            (torch.arange(len(units)) + 0.5) / s.units
-            for s, units in zip(structures, removable, strict=True)
-        ]
-    owners = torch.cat([torch.full((len(u),), i) for i, u in enumerate(removable)])
-    units, order = torch.cat(removable), torch.cat(keys).argsort(stable=True)
-    sizes = torch.tensor([s.unit_parameters for s in structures])[owners[order]]
-    gone = order[: _count(sizes, sparsity, total_parameters, floor)]
+    ranked = []
+    for structure in structures:
+        values, order = scores[structure.name].float().cpu().sort(stable=True)
+        index = _groups(structure, floor, align)
+        if scope == "structure":
+            values = (torch.arange(len(values)) + 0.5) / structure.units
+        ranked.append((structure, order[: len(index)], values[: len(index)], index))
+    counts = [int(index[-1]) + 1 if len(index) else 0 for *_, index in ranked]
+    firsts = torch.tensor([0, *counts]).cumsum(0)
+    index = torch.cat([own + first for (*_, own), first in zip(ranked, firsts, strict=False)])
+    values = torch.cat([values for _, _, values, _ in ranked])
+    parameters = torch.cat([torch.full_like(own, s.unit_parameters) for s, _, _, own in ranked])
+    groups = int(firsts[-1])
+    members = torch.bincount(index, minlength=groups)
+    order = (torch.zeros(groups).index_add(0, index, values) / members).argsort(stable=True)
+    sizes = torch.zeros(groups, dtype=torch.int64).index_add(0, index, parameters)
+    goes = torch.zeros(groups, dtype=torch.bool)
+    goes[order[: _count(sizes[order], sparsity, total_parameters, floor)]] = True
     kept = {s.name: torch.ones(s.units, dtype=torch.bool) for s in structures}
-    for i, structure in enumerate(structures):
-        kept[structure.name][units[gone[owners[gone] == i]]] = False
+    for (structure, units, _, own), first in zip(ranked, firsts, strict=False):
+        kept[structure.name][units[goes[own + first]]] = False
     return kept
+
+
+def _groups(structure: Structure, floor: int, align: int) -> Tensor:
+    """Which group each removable unit goes with, the lowest unit first: int64 (removable,)."""
+    size = align if structure.kind == "neurons" else 1
+    first = structure.units % size or size  # once they are gone, a multiple is left
+    whole = max(structure.units - floor - first, -size) // size + 1
+    removable = first + size * (whole - 1) if whole > 0 else 0
+    return (torch.arange(removable) - first).div(size, rounding_mode="floor").clamp(min=-1) + 1
 
 
 def removed_share(
