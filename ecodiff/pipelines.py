@@ -1,17 +1,16 @@
 """Diffusers pipelines behind six verbs: load, encode, noise, denoise, decode, fingerprint.
 
 Loops, schedulers and text encoders stay the pipeline's own. What differs between the families is
-written once, in `_FAMILIES`.
+written once, in `ecodiff.families`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,12 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from ecodiff import saving
+from ecodiff import families, saving
 from ecodiff.errors import UserError
+from ecodiff.families import Call
 from ecodiff.structures import denoiser_of
 
 __all__ = [
@@ -41,7 +41,6 @@ __all__ = [
     "starting_noise",
 ]
 
-Call = dict[str, Any]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -84,34 +83,37 @@ def load_pipeline(
 
 @torch.no_grad()
 def encode(pipe: DiffusionPipeline, prompts: list[str], call: Call) -> dict[str, Tensor]:
-    """Encode prompts once, as keyword arguments for the pipeline's call.
+    """Encode prompts once, as what `call_arguments` makes keyword arguments of the call from.
 
-    Returns `prompt_embeds` (n, tokens, C), `pooled_prompt_embeds` (n, C) and, under classifier-free
-    guidance, their `negative_` counterparts; the denoiser's device and the encoders' dtype.
+    Returns `prompt_embeds` (n, tokens, C) with, where the family has them, pooled ones (n, C) and a
+    mask (n, tokens), and their `negative_` counterparts under classifier-free guidance. Tokens are
+    of a fixed number, so that rows of different batches fit together; the denoiser's device and the
+    encoders' dtype.
+
+    Raises `UserError` when the pipeline is not supported.
     """
-    return _family(pipe).encode(pipe, list(prompts), call)
+    return families.embeddings(pipe, prompts, call)
 
 
 def starting_noise(pipe: DiffusionPipeline, seeds: list[int], call: Call) -> Tensor:
     """Draw each prompt's starting noise from its own seed, so that batches don't matter.
 
     Returns unit-variance latents in the layout that `latents=` takes, on the denoiser's device and
-    dtype: (n, C, h, w) for a U-Net, packed (n, h/2 * w/2, 4C) for FLUX.
+    in the dtype of the pipeline's latents: (n, C, h, w), for videos (n, C, frames, h, w), packed
+    (n, h/2 * w/2, 4C) for FLUX and Qwen-Image.
+
+    Raises `UserError` when `call` asks for a size that the pipeline can't draw.
     """
-    denoiser, family = denoiser_of(pipe), _family(pipe)
-    height, width = _size(pipe, call)
-    cell = 2 if family.packed else 1  # FLUX packs 2x2 latent pixels into a token
-    channels = denoiser.config.in_channels // cell**2
-    rows, columns = (cell * (side // (pipe.vae_scale_factor * cell)) for side in (height, width))
+    denoiser, family = denoiser_of(pipe), families.family_of(pipe)
+    # Not by `prepare_latents`, which scales by the scheduler's sigma: the call does that again.
+    shape = families.latent_shape(pipe, call)
     noise = torch.stack(
-        [
-            torch.randn((channels, rows, columns), generator=torch.Generator("cpu").manual_seed(s))
-            for s in seeds
-        ]
+        [torch.randn(shape, generator=torch.Generator("cpu").manual_seed(s)) for s in seeds]
     )
-    if family.packed:
-        noise = pipe._pack_latents(noise, len(seeds), channels, rows, columns)
-    return noise.to(device=denoiser.device, dtype=denoiser.dtype)
+    if family.is_packed:
+        noise = pipe._pack_latents(noise, *noise.shape)
+    dtype = torch.float32 if family.keeps_float32 else denoiser.dtype
+    return noise.to(device=denoiser.device, dtype=dtype)
 
 
 @torch.no_grad()
@@ -120,34 +122,53 @@ def denoise(
 ) -> Tensor:
     """Run the pipeline from noise to its final latent z0, shaped and typed as `noise`."""
     with quiet(pipe):
-        return pipe(**call_arguments(embeds, noise, call)).images
+        return pipe(**call_arguments(pipe, embeds, noise, call))[0]
 
 
 @torch.no_grad()
 def decode(pipe: DiffusionPipeline, latents: Tensor, call: Call) -> np.ndarray:
-    """Decode final latents exactly as the pipeline does: uint8 images (n, height, width, 3)."""
-    vae, family = pipe.vae, _family(pipe)
-    if family.packed:
-        height, width = _size(pipe, call)
+    """Decode final latents exactly as the pipeline does: uint8 images (n, height, width, 3).
+
+    A video is shown by its first frame. Safety checkers are left out.
+    """
+    vae, family = pipe.vae, families.family_of(pipe)
+    if family.is_packed:
+        height, width = families.size(pipe, call)
         latents = pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor)
+    if latents.ndim == 5:  # causal in time: the first frame needs no other
+        latents = latents[:, :, :1]
     # SDXL's VAE overflows in half precision; its config says so.
     upcast = family.upcasts and vae.dtype == torch.float16 and vae.config.force_upcast
     if upcast:
         vae.to(torch.float32)
-    mean, deviation = family.statistics(vae)
-    latents = latents.to(vae.device, vae.dtype)
-    latents = latents * deviation.to(latents) / vae.config.scaling_factor + mean.to(latents)
+    latents = families.denormalised(vae, latents.to(vae.device, vae.dtype))
     images = vae.decode(latents, return_dict=False)[0]
     if upcast:
         vae.to(torch.float16)
-    images = pipe.image_processor.postprocess(images, output_type="np")
+    if images.ndim == 5:
+        images = images[:, :, 0]
+    processor = pipe.video_processor if family.is_video else pipe.image_processor
+    images = processor.postprocess(images, output_type="np")
     return (images * 255).round().astype(np.uint8)
 
 
-def call_arguments(embeds: dict[str, Tensor], noise: Tensor, call: Call) -> dict[str, Any]:
-    """The keyword arguments of one pipeline call that ends at the latents."""
-    given = {key: value for key, value in call.items() if value is not None}
-    return {**given, **embeds, "latents": noise, "output_type": "latent"}
+def call_arguments(
+    pipe: DiffusionPipeline, embeds: Mapping[str, Tensor], noise: Tensor, call: Call
+) -> dict[str, Any]:
+    """The keyword arguments of one pipeline call that returns a tuple, the final latents first.
+
+    Raises `UserError` when a key of `call` is unknown to the pipeline.
+    """
+    # For schedulers that draw noise at each step, such as LCM's: a prompt's is its own there too.
+    rows = noise.flatten(1)[:, :64].float().cpu().numpy()
+    seeds = [zlib.crc32(row.tobytes()) for row in rows]
+    return {
+        **families.arguments(pipe, embeds, call),
+        "latents": noise,
+        "generator": [torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+        "output_type": "latent",
+        "return_dict": False,
+    }
 
 
 @contextmanager
@@ -178,65 +199,3 @@ def fingerprint(pipe: DiffusionPipeline) -> str:
         digest.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode())
         digest.update(flat[spread.to(flat.device)].double().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def _size(pipe: DiffusionPipeline, call: Call) -> tuple[int, int]:
-    default = pipe.default_sample_size * pipe.vae_scale_factor
-    return call.get("height") or default, call.get("width") or default
-
-
-def _encode_sdxl(pipe: DiffusionPipeline, prompts: list[str], call: Call) -> dict[str, Tensor]:
-    guidance = call.get("guidance_scale")
-    if guidance is None:
-        guidance = inspect.signature(type(pipe).__call__).parameters["guidance_scale"].default
-    # The pipeline's own rule: distilled U-Nets take the guidance as an input instead.
-    guided = guidance > 1 and pipe.unet.config.time_cond_proj_dim is None
-    prompt, negative, pooled, negative_pooled = pipe.encode_prompt(
-        prompt=prompts, do_classifier_free_guidance=guided
-    )
-    embeds = {"prompt_embeds": prompt, "pooled_prompt_embeds": pooled}
-    if guided:
-        embeds["negative_prompt_embeds"] = negative
-        embeds["negative_pooled_prompt_embeds"] = negative_pooled
-    return embeds
-
-
-def _encode_flux(pipe: DiffusionPipeline, prompts: list[str], call: Call) -> dict[str, Tensor]:
-    length = call.get("max_sequence_length")
-    kwargs = {} if length is None else {"max_sequence_length": length}
-    # The third value, text_ids, is zeros that the call makes again by itself.
-    prompt, pooled, _ = pipe.encode_prompt(prompt=prompts, prompt_2=None, **kwargs)
-    return {"prompt_embeds": prompt, "pooled_prompt_embeds": pooled}
-
-
-def _statistics_sdxl(vae: nn.Module) -> tuple[Tensor, Tensor]:
-    mean, deviation = vae.config.get("latents_mean"), vae.config.get("latents_std")
-    if mean is None or deviation is None:
-        return torch.tensor(0.0), torch.tensor(1.0)
-    return torch.tensor(mean).view(1, -1, 1, 1), torch.tensor(deviation).view(1, -1, 1, 1)
-
-
-def _statistics_flux(vae: nn.Module) -> tuple[Tensor, Tensor]:
-    return torch.tensor(vae.config.shift_factor), torch.tensor(1.0)
-
-
-@dataclass(frozen=True)
-class _Family:
-    encode: Callable[[DiffusionPipeline, list[str], Call], dict[str, Tensor]]
-    statistics: Callable[[nn.Module], tuple[Tensor, Tensor]]  # the latents' mean and deviation
-    packed: bool
-    upcasts: bool
-
-
-_FAMILIES = {
-    "StableDiffusionXLPipeline": _Family(_encode_sdxl, _statistics_sdxl, False, True),
-    "FluxPipeline": _Family(_encode_flux, _statistics_flux, True, False),
-}
-
-
-def _family(pipe: DiffusionPipeline) -> _Family:
-    for base in type(pipe).__mro__:
-        if base.__name__ in _FAMILIES:
-            return _FAMILIES[base.__name__]
-    allowed = ", ".join(_FAMILIES)
-    raise UserError(f"{type(pipe).__name__}: not a supported pipeline; supported are {allowed}")

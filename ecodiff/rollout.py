@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute_later
 
+from ecodiff.families import runs_per_step
 from ecodiff.pipelines import Call, call_arguments, denoiser_of, quiet
 
 
@@ -33,12 +34,12 @@ def rollout(
     Returns z0 with the shape and dtype of `noise`.
     """
     denoiser = denoiser_of(pipe)
-    forward, called = denoiser.forward, 0
+    forward, runs, called = denoiser.forward, runs_per_step(pipe, embeds), 0
 
     def step(*args: Any, **kwargs: Any) -> Any:
         nonlocal called
         called += 1
-        if called > pipe.num_timesteps - keep_steps:
+        if called > runs * (len(pipe.scheduler.timesteps) - keep_steps):
             return forward(*args, **kwargs)
         # Denoisers are in eval mode and draw no random numbers, so no RNG state is worth keeping.
         return recompute_later(
@@ -49,7 +50,7 @@ def rollout(
     # recomputed step sees the very latent that was stored.
     loop = type(pipe).__call__.__wrapped__
     with quiet(pipe), _replaced_forward(denoiser, step if checkpoint else forward):
-        return loop(pipe, **call_arguments(embeds, noise, call)).images
+        return loop(pipe, **call_arguments(pipe, embeds, noise, call))[0]
 
 
 @contextmanager

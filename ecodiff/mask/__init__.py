@@ -117,8 +117,9 @@ def make_mask(
 ) -> tuple[Mask, pd.DataFrame]:
     """Score with a method, then select: the mask and the history (no rows for baselines).
 
-    `settings` also says how to select (`scope`, `min_units`, `align`) and seeds `random`. `scratch` holds
-    the state of unfinished learning, see `learn.learn_mask`. Raises what `score` and `select` do.
+    `settings` also says how to select (`scope`, `min_units`, `align`) and seeds `random`. `scratch`
+    holds the state of unfinished learning, see `learn.learn_mask`. Raises what `score` and `select`
+    do.
     """
     settings = settings or MaskSettings()
     denoiser = denoiser_of(pipe)

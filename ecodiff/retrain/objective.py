@@ -12,6 +12,7 @@ from diffusers import DDPMScheduler, DiffusionPipeline
 from torch import Tensor, nn
 
 from ecodiff.errors import UserError
+from ecodiff.families import unguided
 from ecodiff.pipelines import call_arguments, quiet
 from ecodiff.structures import denoiser_of
 
@@ -104,7 +105,9 @@ class Conditioned:
         """Return the prediction (n, ...) of a denoiser at the scheduler's timesteps (n,)."""
         inputs = _cast({**self.arguments, self.latents: noised}, denoiser.dtype)
         inputs["timestep"] = timesteps.to(noised.device) * self.scale
-        return denoiser(**inputs)[0]
+        predicted = denoiser(**inputs)[0]
+        # PixArt predicts a variance beside the noise, which its sampler doesn't read.
+        return predicted.chunk(predicted.shape[1] // noised.shape[1], dim=1)[0]
 
 
 class _Seen(Exception):
@@ -125,10 +128,13 @@ def conditioned(
         embeds: see `pipelines.encode`, n prompts.
         noise: (n, ...), for its shape.
         call: the model's `call`.
+
+    Raises:
+        UserError: the denoiser isn't called with latents and a `timestep` (Z-Image).
     """
     if any(key.startswith("negative_") for key in embeds):
         embeds = {k: v for k, v in embeds.items() if not k.startswith("negative_")}
-        call = {**call, "guidance_scale": 1.0}
+        call = unguided(pipe, dict(call))
     if type(pipe.scheduler).__name__.startswith("FlowMatch"):
         call = {**call, "num_inference_steps": pipe.scheduler.config.num_train_timesteps}
     denoiser, seen = denoiser_of(pipe), {}
@@ -141,11 +147,13 @@ def conditioned(
     hook = denoiser.register_forward_pre_hook(look, with_kwargs=True)
     try:
         with quiet(pipe), torch.no_grad():
-            pipe(**call_arguments(dict(embeds), noise, dict(call)))
+            pipe(**call_arguments(pipe, embeds, noise, dict(call)))
     except _Seen:
         pass
     finally:
         hook.remove()
+    if "timestep" not in seen:
+        raise UserError(f"{type(pipe).__name__}: can't be retrained; its denoiser takes lists")
     scale = float(seen["timestep"].flatten()[0]) / float(pipe.scheduler.timesteps[0])
     return Conditioned(seen, next(iter(signature.parameters)), scale)
 
