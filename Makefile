@@ -12,7 +12,7 @@ demo: install
 	$(BIN)/snakemake --cores $(CORES)
 
 test: install
-	$(BIN)/python -m pytest -q -m "slow or not slow" --durations=15
+	$(BIN)/python -m pytest -q -m "slow or not slow" -n $(CORES) --dist loadfile --durations=15
 
 lint: install
 	$(BIN)/ruff check .
