@@ -50,6 +50,15 @@ class ScatterLinear(nn.Linear):
         return full.index_copy(-1, self.index, narrow)
 
 
+class NoChannels(nn.Conv2d):
+    """A convolution without inputs or outputs, which torch doesn't run: its bias at each place."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (n, in, h, w) to (n, out, h, w); sizes stay, as in those that can be pruned."""
+        output = input.new_zeros(len(input), self.out_channels, *input.shape[2:])
+        return output if self.bias is None else output + self.bias[:, None, None]
+
+
 class NoHeads(nn.Module):
     """Attention without heads: what the masked one returns, which is not its input.
 
@@ -139,6 +148,8 @@ def take(layer: nn.Linear | nn.Conv2d, dim: int, kept: Tensor) -> None:
     for size in sizes:
         unit = "channels" if isinstance(layer, nn.Conv2d) else "features"
         setattr(layer, f"{size}_{unit}", len(kept))
+    if isinstance(layer, nn.Conv2d) and not len(kept):
+        layer.__class__ = NoChannels
 
 
 def set_heads(denoiser: nn.Module, name: str, heads: int) -> None:

@@ -53,7 +53,7 @@ def compensate(
             ridge,
         )
         with torch.no_grad():
-            linear.weight[:, columns] = weight.view(-1, len(columns), *linear.weight.shape[2:])
+            linear.weight[:, columns] = weight.view(*weight.shape, *linear.weight.shape[2:])
             if bias is not None:
                 linear.bias.copy_(bias)
 
