@@ -133,9 +133,7 @@ def embeddings(pipe: DiffusionPipeline, prompts: Sequence[str], call: Call) -> d
     return padded
 
 
-def arguments(
-    pipe: DiffusionPipeline, embeds: Mapping[str, Tensor], call: Call
-) -> dict[str, Any]:
+def arguments(pipe: DiffusionPipeline, embeds: Mapping[str, Tensor], call: Call) -> dict[str, Any]:
     """The keyword arguments of the pipeline's call that say what is drawn, and how.
 
     Raises:

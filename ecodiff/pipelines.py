@@ -122,7 +122,7 @@ def denoise(
 ) -> Tensor:
     """Run the pipeline from noise to its final latent z0, shaped and typed as `noise`."""
     with quiet(pipe):
-        return pipe(**call_arguments(pipe, embeds, noise, call))[0]
+        return pipe(**call_arguments(pipe, embeds, noise, call))[0].to(noise.dtype)
 
 
 @torch.no_grad()

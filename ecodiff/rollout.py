@@ -50,7 +50,7 @@ def rollout(
     # recomputed step sees the very latent that was stored.
     loop = type(pipe).__call__.__wrapped__
     with quiet(pipe), _replaced_forward(denoiser, step if checkpoint else forward):
-        return loop(pipe, **call_arguments(pipe, embeds, noise, call))[0]
+        return loop(pipe, **call_arguments(pipe, embeds, noise, call))[0].to(noise.dtype)
 
 
 @contextmanager

@@ -103,9 +103,7 @@ def _sd15() -> StableDiffusionPipeline:
 
 
 def _sd2() -> StableDiffusionPipeline:
-    unet = _unet(
-        cross_attention_dim=WIDTH, use_linear_projection=True, attention_head_dim=(2, 4)
-    )
+    unet = _unet(cross_attention_dim=WIDTH, use_linear_projection=True, attention_head_dim=(2, 4))
     scheduler = EulerDiscreteScheduler(prediction_type="v_prediction", steps_offset=1)
     return _stable_diffusion(unet, scheduler)
 
@@ -201,7 +199,9 @@ def _qwen() -> QwenImagePipeline:
     language = _language(tokenizer)
     language["rope_parameters"] = {"rope_type": "default", "mrope_section": [2, 1, 1]}
     eyes = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2}
-    config = Qwen2_5_VLConfig(text_config=language, vision_config={**eyes, "out_hidden_size": WIDTH})
+    config = Qwen2_5_VLConfig(
+        text_config=language, vision_config={**eyes, "out_hidden_size": WIDTH}
+    )
     transformer = QwenImageTransformer2DModel(
         in_channels=4 * CHANNELS,
         out_channels=CHANNELS,
