@@ -58,11 +58,16 @@ class CallSettings(Settings):
 
     num_inference_steps: PositiveInt
     guidance_scale: NonNegativeFloat | None = None
-    """null: the pipeline's own default."""
+    """null: the pipeline's own default. Classifier-free guidance, or what guidance-distilled models
+    (FLUX dev, LCM) take as an input."""
+    true_cfg_scale: NonNegativeFloat | None = None
+    """Qwen-Image, FLUX: classifier-free guidance; null: the pipeline's own default."""
     height: PositiveInt
     width: PositiveInt
+    num_frames: PositiveInt | None = None
+    """Wan: frames of a video, 1 for a picture; null: the pipeline's own default."""
     max_sequence_length: PositiveInt | None = None
-    """FLUX: tokens of the T5 encoder."""
+    """Tokens of the text encoder, where it is no CLIP; null: the pipeline's own default."""
 
 
 class LoadSettings(Settings):
