@@ -67,6 +67,14 @@ def test_gmacs_are_those_of_linears_convolutions_and_attention() -> None:
     assert measured["gmacs"] == pytest.approx(expected / 1e9, rel=0.01)
 
 
+def test_both_branches_of_guidance_are_measured() -> None:
+    pipe, runs = tiny("qwen"), []
+    pipe.transformer.register_forward_hook(lambda *_: runs.append(1))
+    efficiency(pipe, {"dense": pipe.transformer}, *PROMPT, CALLS["qwen"], ONCE)
+    rounds = 2  # the call that counts and the one that is timed
+    assert len(runs) == rounds * 2 * CALLS["qwen"]["num_inference_steps"]
+
+
 def test_weights_on_disk_are_what_safetensors_takes() -> None:
     pipe = tiny_sdxl()
     measured = efficiency(pipe, {"dense": pipe.unet}, *PROMPT, CALLS["sdxl"], ONCE)["dense"]

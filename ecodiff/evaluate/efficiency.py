@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ecodiff.config import EfficiencySettings
 from ecodiff.evaluate.memory import MB, peak_memory, tensors_of
-from ecodiff.pipelines import Call, denoiser_of, quiet
+from ecodiff.pipelines import Call, decode, denoise, denoiser_of, encode, starting_noise
 from ecodiff.structures import count_parameters
 
 
@@ -28,8 +28,8 @@ def efficiency(
 ) -> dict[str, dict[str, float | str]]:
     """Measures variants that differ in the denoiser alone.
 
-    Each measurement is of one whole call of the pipeline, from prompts to images: text encoders,
-    all denoising steps with their guidance branches, and the VAE. On a GPU, one denoiser at a time
+    Each measurement is of all that `generate` does, from prompts to images: text encoders, all
+    denoising steps with their guidance branches, and the VAE. On a GPU, one denoiser at a time
     is there beside the rest of the pipeline; the others wait in host memory.
 
     Args:
@@ -56,9 +56,8 @@ def efficiency(
     place = own.device
 
     def work() -> None:
-        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        given = {key: value for key, value in call.items() if value is not None}
-        pipe(prompt=prompts, generator=generators, output_type="np", **given)
+        embeds, noise = encode(pipe, prompts, call), starting_noise(pipe, seeds, call)
+        decode(pipe, denoise(pipe, embeds, noise, call), call)
 
     def turn(denoiser: nn.Module, measure: Callable[[], Any]) -> Any:
         own.to("cpu")
@@ -69,15 +68,14 @@ def efficiency(
             denoiser.to("cpu")
 
     try:
-        with quiet(pipe):
-            found = {
-                name: turn(d, lambda: _size_and_work(pipe, work, images))
-                for name, d in denoisers.items()
-            }
-            rounds = [
-                {name: turn(d, lambda: _seconds(work, place)) for name, d in denoisers.items()}
-                for _ in range(settings.warmup + settings.repeats)
-            ]
+        found = {
+            name: turn(d, lambda: _size_and_work(pipe, work, images))
+            for name, d in denoisers.items()
+        }
+        rounds = [
+            {name: turn(d, lambda: _seconds(work, place)) for name, d in denoisers.items()}
+            for _ in range(settings.warmup + settings.repeats)
+        ]
     finally:
         setattr(pipe, slot, own.to(place))
     for name, measured in found.items():
