@@ -107,7 +107,7 @@ def grams(
     from ecodiff.structures import discover
 
     calibration = Calibration.load(record)
-    pipe = _load(model, load)
+    pipe = _load(model, load, encoders=False)
     gather_grams(pipe, discover(pipe), calibration, batch_size).save(out)
     write_manifest(out, "calibrate", {"model": model, "calibration": str(record)})
 
@@ -129,7 +129,7 @@ def mask(
 
     chosen = read_settings(sections.MaskSettings, settings)
     record = Calibration.load(calibration) if calibration else None
-    pipe = _load(model, load)
+    pipe = _load(model, load, encoders=False)
     # What an interrupted job continues from; not an output, which retries would remove.
     scratch = out.with_name("unfinished.safetensors")
     found, curve = stage.make_mask(
@@ -192,7 +192,9 @@ def retrain(
 
     chosen = read_settings(sections.RetrainSettings, settings)
     data, pipe = Calibration.load(record), _load(model, load)
-    teacher = denoiser_of(_load(dense, load)) if dense and chosen.distillation else None
+    teacher = (
+        denoiser_of(_load(dense, load, encoders=False)) if dense and chosen.distillation else None
+    )
     curve = train(pipe, data, chosen, teacher)
     saving.save(pipe, out)
     curve.to_csv(out / "history.csv", index=False)
@@ -355,9 +357,9 @@ def _call(text: str) -> dict[str, Any]:
     return read_settings(sections.CallSettings, text).model_dump(exclude_none=True)
 
 
-def _load(source: str, load: str | None, **changes: str) -> DiffusionPipeline:
+def _load(source: str, load: str | None, **changes: Any) -> DiffusionPipeline:
     from ecodiff.devices import choose_device
-    from ecodiff.pipelines import load_pipeline
+    from ecodiff.loading import load_pipeline
 
     chosen = read_settings(sections.LoadSettings, load).model_dump() | changes
     return load_pipeline(source, **{**chosen, "device": choose_device(chosen["device"])})

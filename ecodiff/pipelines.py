@@ -1,4 +1,4 @@
-"""Diffusers pipelines behind six verbs: load, encode, noise, denoise, decode, fingerprint.
+"""Diffusers pipelines behind five verbs: encode, noise, denoise, decode, fingerprint.
 
 Loops, schedulers and text encoders stay the pipeline's own. What differs between the families is
 written once, in `ecodiff.families`.
@@ -11,24 +11,18 @@ import json
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils import logging as diffusers_logging
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers.utils import logging as transformers_logging
 
-from ecodiff import families, saving
-from ecodiff.errors import UserError
+from ecodiff import families
 from ecodiff.families import Call
 from ecodiff.structures import denoiser_of
 
 __all__ = [
-    "DTYPES",
     "Call",
     "call_arguments",
     "decode",
@@ -36,49 +30,9 @@ __all__ = [
     "denoiser_of",
     "encode",
     "fingerprint",
-    "load_pipeline",
     "quiet",
     "starting_noise",
 ]
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def load_pipeline(
-    source: str | Path,
-    *,
-    dtype: str = "float32",
-    device: str = "cpu",
-    revision: str | None = None,
-    variant: str | None = None,
-) -> DiffusionPipeline:
-    """Load a pipeline from a hub id, a folder, or the folder of a pruned model.
-
-    Only safetensors weights are read. Raises `UserError` when `dtype` is unknown, or when the
-    source is missing, truncated, or holds pickles only.
-    """
-    if dtype not in DTYPES:
-        raise UserError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
-    path = Path(source)
-    if path.is_dir() and variant is None:
-        return saving.load(path, dtype=DTYPES[dtype]).to(device)
-    if not path.is_dir() and (path.exists() or len(path.parts) != 2):
-        raise UserError(f"source: {source} is neither a hub id (owner/name) nor a folder")
-    # Bars are for people; a job's log wants lines, and ours has its own.
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
-    wanted = {"revision": revision, "variant": variant}
-    try:
-        pipe = DiffusionPipeline.from_pretrained(
-            source,
-            dtype=DTYPES[dtype],
-            use_safetensors=True,
-            **{key: value for key, value in wanted.items() if value is not None},
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"source: {source} does not load: {reason}") from error
-    return pipe.to(device)
 
 
 @torch.no_grad()

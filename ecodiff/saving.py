@@ -26,6 +26,7 @@ from ecodiff.structures import Structure, discover
 
 MARKER = "ecodiff.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+TEXT = ("text_encoder", "tokenizer")  # how the names of text components start
 SHARD = "5GB"  # the largest file that is written
 
 
@@ -58,12 +59,15 @@ def save(pipe: DiffusionPipeline, folder: str | Path) -> None:
         (scratch / MARKER).write_text(json.dumps({"format": 1}) + "\n")
 
 
-def load(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
+def load(
+    folder: str | Path, *, dtype: torch.dtype = torch.float32, encoders: bool = True
+) -> DiffusionPipeline:
     """Read a pipeline folder, pruned or dense, onto the CPU.
 
     Args:
         folder: a diffusers pipeline folder.
         dtype: what the weights are cast to.
+        encoders: false leaves text encoders and tokenizers out.
 
     Raises:
         UserError: files are missing, truncated or pickles, or config and weights disagree.
@@ -74,13 +78,14 @@ def load(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Diffusion
     name = next((n for n in ("unet", "transformer") if n in components), None)
     if name is None:
         raise UserError(f"{folder}/model_index.json: no unet or transformer")
-    for component in components:
+    absent = {} if encoders else {n: None for n in components if n.startswith(TEXT)}
+    for component in components.keys() - absent.keys():
         if component == name or (folder / component / "config.json").exists():
             _check_weights(folder / component)
     denoiser = _load_denoiser(folder / name, *components[name], dtype)
     try:
         return DiffusionPipeline.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, **{name: denoiser}
+            folder, dtype=dtype, use_safetensors=True, **{name: denoiser}, **absent
         )
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: {_first_line(error)}") from error

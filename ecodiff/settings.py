@@ -76,10 +76,14 @@ class LoadSettings(Settings):
     dtype: Dtype = "float32"
     device: str = "auto"
     """auto, cpu, cuda or cuda:<n>."""
+    device_map: str | None = None
+    """How components are spread over several GPUs, such as balanced; null: all on `device`."""
     revision: str | None = None
     """Commit, tag or branch on the hub."""
     variant: str | None = None
     """File variant on the hub, such as fp16."""
+    config: str | None = None
+    """For a source that is a single file: hub id or folder of the pipeline it belongs to."""
 
 
 class ResourceSettings(Settings):

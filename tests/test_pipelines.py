@@ -1,7 +1,5 @@
 """Pipelines: everything must be what diffusers itself would have done, whatever the batch."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -92,47 +90,6 @@ def test_the_fingerprint_follows_the_weights_and_the_scheduler():
     with torch.no_grad():
         pipe.transformer.proj_out.weight.mul_(1.001)
     assert len({first, second, pipelines.fingerprint(pipe)}) == 3
-
-
-def test_a_saved_pipeline_loads_back(tmp_path):
-    pipe = tiny_sdxl()
-    pipe.save_pretrained(tmp_path)
-    loaded = pipelines.load_pipeline(str(tmp_path), dtype="bfloat16")
-    assert loaded.unet.dtype == torch.bfloat16
-    torch.testing.assert_close(
-        loaded.unet.conv_in.weight, pipe.unet.conv_in.weight.to(torch.bfloat16)
-    )
-
-
-@pytest.mark.parametrize("source", ["no-such-folder", "/no/such/folder/here"])
-def test_a_missing_source_is_named(source):
-    with pytest.raises(UserError, match=source):
-        pipelines.load_pipeline(source)
-
-
-def test_truncated_weights_are_refused(tmp_path):
-    tiny_flux().save_pretrained(tmp_path)
-    weights = next((tmp_path / "transformer").glob("*.safetensors"))
-    weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(UserError, match="truncated"):
-        pipelines.load_pipeline(tmp_path)
-
-
-def test_pickled_weights_are_refused(tmp_path):
-    tiny_flux().save_pretrained(tmp_path, safe_serialization=False)
-    with pytest.raises(UserError, match="pickle"):
-        pipelines.load_pipeline(tmp_path)
-
-
-def test_a_broken_index_is_refused(tmp_path):
-    (tmp_path / "model_index.json").write_text(json.dumps({})[:1])
-    with pytest.raises(UserError, match="JSON"):
-        pipelines.load_pipeline(tmp_path)
-
-
-def test_an_unknown_dtype_lists_the_known_ones():
-    with pytest.raises(UserError, match="float32, bfloat16, float16"):
-        pipelines.load_pipeline("owner/name", dtype="int8")
 
 
 def test_an_unsupported_pipeline_is_named():

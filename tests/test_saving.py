@@ -18,7 +18,8 @@ from tiny import CALLS, tiny
 import ecodiff
 from ecodiff import pruned as shipped
 from ecodiff.errors import UserError
-from ecodiff.pipelines import denoise, encode, load_pipeline, starting_noise
+from ecodiff.loading import load_pipeline
+from ecodiff.pipelines import denoise, encode, starting_noise
 from ecodiff.pruned import Pruned
 from ecodiff.structures import denoiser_of, discover
 
@@ -48,6 +49,11 @@ def z0(pipe, family):
     return denoise(pipe, *inputs(family), CALLS[family])
 
 
+def same(first, second):
+    """Equal but for rounding: where weights lie in memory decides the order of sums."""
+    torch.testing.assert_close(first, second, rtol=0, atol=1e-5)
+
+
 @pytest.fixture(scope="module", params=FAMILIES)
 def saved(request, tmp_path_factory):
     """A pruned pipeline and the folder it was saved in; not to be changed."""
@@ -69,13 +75,13 @@ def test_what_is_read_is_what_was_saved(saved, read):
     family, pipe, folder = saved
     again = read(folder)
     assert type(denoiser_of(again)) is type(denoiser_of(pipe))
-    assert torch.equal(z0(again, family), z0(pipe, family))
+    same(z0(again, family), z0(pipe, family))
 
 
 def test_diffusers_reads_it_without_the_shortcut_for_memory(saved):
     family, pipe, folder = saved
     again = DiffusionPipeline.from_pretrained(folder, low_cpu_mem_usage=False)
-    assert torch.equal(z0(again, family), z0(pipe, family))
+    same(z0(again, family), z0(pipe, family))
 
 
 @pytest.mark.slow
@@ -112,7 +118,7 @@ def test_diffusers_reads_it_without_ecodiff_when_its_code_is_trusted(saved, tmp_
     )
     denoiser = denoiser_of(pipe)
     assert run.stdout.split() == [type(denoiser).__name__, str(denoiser.num_parameters())]
-    assert torch.equal(z0(ecodiff.load(tmp_path / "again"), family), z0(pipe, family))
+    same(z0(ecodiff.load(tmp_path / "again"), family), z0(pipe, family))
 
 
 def test_code_in_a_folder_is_not_run_where_ecodiff_is_imported(damaged):
@@ -143,7 +149,7 @@ def test_variant_dtype_and_shards(saved, tmp_path):
     for key, tensor in denoiser_of(pipe).state_dict().items():
         expected = tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
         assert torch.equal(denoiser.state_dict()[key], expected)
-    assert torch.equal(z0(again.to(torch.float32), family), z0(again, family))
+    same(z0(again.to(torch.float32), family), z0(again, family))
 
 
 def test_load_casts_weights_and_not_indices(saved):

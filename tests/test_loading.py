@@ -1,0 +1,141 @@
+"""Loading: folders, single files and the hub, and what each failure tells the user to do."""
+
+from __future__ import annotations
+
+import json
+
+import huggingface_hub.constants
+import pytest
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from tiny import CALLS, tiny_flux, tiny_sdxl
+
+import ecodiff
+from ecodiff import loading, pipelines
+from ecodiff.errors import UserError
+
+
+def test_a_saved_pipeline_loads_back(tmp_path):
+    pipe = tiny_sdxl()
+    pipe.save_pretrained(tmp_path)
+    loaded = loading.load_pipeline(str(tmp_path), dtype="bfloat16")
+    assert loaded.unet.dtype == torch.bfloat16
+    torch.testing.assert_close(
+        loaded.unet.conv_in.weight, pipe.unet.conv_in.weight.to(torch.bfloat16)
+    )
+
+
+@pytest.mark.parametrize("source", ["no-such-folder", "/no/such/folder/here"])
+def test_a_missing_source_is_named(source):
+    with pytest.raises(UserError, match=source):
+        loading.load_pipeline(source)
+
+
+def test_truncated_weights_are_refused(tmp_path):
+    tiny_flux().save_pretrained(tmp_path)
+    weights = next((tmp_path / "transformer").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match="truncated"):
+        loading.load_pipeline(tmp_path)
+
+
+def test_pickled_weights_are_refused(tmp_path):
+    tiny_flux().save_pretrained(tmp_path, safe_serialization=False)
+    with pytest.raises(UserError, match="pickle"):
+        loading.load_pipeline(tmp_path)
+
+
+def test_a_broken_index_is_refused(tmp_path):
+    (tmp_path / "model_index.json").write_text(json.dumps({})[:1])
+    with pytest.raises(UserError, match="JSON"):
+        loading.load_pipeline(tmp_path)
+
+
+def test_an_unknown_dtype_lists_the_known_ones():
+    with pytest.raises(UserError, match="float32, bfloat16, float16"):
+        loading.load_pipeline("owner/name", dtype="int8")
+
+
+def answers(kind):
+    """An error of the hub's client, without the response that it would come with."""
+    return kind.__new__(kind, "no")
+
+
+@pytest.mark.parametrize(
+    ("kind", "line"),
+    [
+        (GatedRepoError, "is gated: accept its terms at .*owner/name, then run `hf auth login`"),
+        (RepositoryNotFoundError, "is not on the hub, or private: check the name, or run"),
+        (RevisionNotFoundError, "has no such revision"),
+    ],
+)
+def test_what_the_hub_refuses_comes_with_what_helps(monkeypatch, kind, line):
+    def refuse(*_, **__):
+        try:
+            raise answers(kind)
+        except kind as error:
+            raise OSError("Cannot load model") from error  # as diffusers does
+
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", refuse)
+    with pytest.raises(UserError, match=line) as caught:
+        loading.load_pipeline("owner/name")
+    assert "\n" not in str(caught.value)
+
+
+def test_offline_names_the_command_that_fetches(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="`hf download owner/missing` online"):
+        loading.load_pipeline("owner/missing")
+
+
+def test_hub_options_reach_diffusers(monkeypatch):
+    asked = {}
+
+    def read(source, **options):
+        asked.update(options, source=source)
+        return tiny_sdxl()
+
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", read)
+    loading.load_pipeline("owner/name", revision="abc", variant="fp16", device_map="balanced")
+    wanted = {"source": "owner/name", "revision": "abc", "variant": "fp16"}
+    wanted |= {"device_map": "balanced", "dtype": torch.float32, "use_safetensors": True}
+    assert asked == wanted
+
+
+@pytest.mark.parametrize("make", [tiny_sdxl, tiny_flux])
+def test_text_encoders_can_be_left_out(make, tmp_path):
+    pipe, call = make(), CALLS["sdxl" if make is tiny_sdxl else "flux"]
+    ecodiff.save(pipe, tmp_path / "model")
+    bare = loading.load_pipeline(tmp_path / "model", encoders=False)
+    assert not [n for n, part in bare.components.items() if n.startswith("text_") and part]
+    embeds = pipelines.encode(pipe, ["a red square"], call)
+    noise = pipelines.starting_noise(pipe, [1], call)
+    z0 = [pipelines.denoise(p, embeds, noise, call) for p in (pipe, bare)]
+    torch.testing.assert_close(*z0, rtol=0, atol=1e-5)
+
+
+def test_a_single_file_needs_the_config_of_its_pipeline(tmp_path, monkeypatch):
+    file = tmp_path / "model.safetensors"
+    file.touch()
+    with pytest.raises(UserError, match="is a single file: set `config`"):
+        loading.load_pipeline(file)
+    pipe = tiny_sdxl()
+    pipe.save_pretrained(tmp_path / "config")
+    asked = {}
+
+    def read(path, **options):
+        asked.update(options, path=path)
+        return pipe
+
+    monkeypatch.setattr(StableDiffusionXLPipeline, "from_single_file", read)
+    config = str(tmp_path / "config")
+    assert loading.load_pipeline(file, config=config) is pipe
+    assert asked == {"path": str(file), "config": config, "torch_dtype": torch.float32}
+
+
+def test_a_pickled_single_file_is_never_read(tmp_path):
+    file = tmp_path / "model.ckpt"
+    file.touch()
+    with pytest.raises(UserError, match="pickles are never read"):
+        loading.load_pipeline(file, config="owner/name")
