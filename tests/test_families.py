@@ -17,7 +17,7 @@ from ecodiff.errors import UserError
 from ecodiff.families import runs_per_step
 from ecodiff.gates import Gates
 from ecodiff.pipelines import call_arguments, decode, denoise, encode, starting_noise
-from ecodiff.retrain.objective import conditioned
+from ecodiff.retrain.objective import conditioned, objective
 from ecodiff.rollout import frozen, rollout
 from ecodiff.structures import denoiser_of, discover
 
@@ -312,3 +312,8 @@ def test_retraining_z_image_is_refused():
     embeds, noise = encode(pipe, PROMPTS, call), starting_noise(pipe, SEEDS, call)
     with pytest.raises(UserError, match=r"^ZImagePipeline: can't be retrained"):
         conditioned(pipe, embeds, noise, call)
+
+
+def test_retraining_with_a_solver_that_predicts_flow_is_refused():
+    with pytest.raises(UserError, match="flow_prediction can't be retrained"):
+        objective(tiny("sana").scheduler)
