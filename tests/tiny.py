@@ -69,7 +69,7 @@ CALLS = {
     "wan": {**SMALL, "guidance_scale": 3.0, "max_sequence_length": 16, "num_frames": 3},
 }
 WIDTH = 16  # of the texts
-CHANNELS = 4  # of the latents, which are an eighth of the call's height, or a quarter
+CHANNELS = 4  # of the latents, whose sides are a quarter of the picture's
 
 
 def tiny(family: str, seed: int = 0) -> DiffusionPipeline:
