@@ -30,12 +30,15 @@ class Recipe:
     batch: int
     lr: float
     warmup: int = 100
+    cycles: int = 1
     seed: int = 0
 
     def lr_of(self, step: int) -> float:
-        """The learning rate of a step: a linear warm-up, then a cosine to zero."""
-        rising = (step + 1) / self.warmup
-        falling = 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        """The learning rate of a step: in each cycle a linear warm-up, then a cosine to zero."""
+        length = self.steps / self.cycles
+        within = step % length
+        rising = (within + 1) / self.warmup
+        falling = 0.5 * (1 + math.cos(math.pi * within / length))
         return self.lr * min(rising, falling)
 
 
@@ -81,7 +84,7 @@ def fit(
     name: str,
     state: Path | None = None,
 ) -> float:
-    """Trains a module in place: AdamW, one warm-up and a cosine decay to zero.
+    """Trains a module in place: AdamW at the recipe's learning rates.
 
     Args:
         loss_of_step: the loss (scalar) of a step, counted from 0. All its randomness must come
