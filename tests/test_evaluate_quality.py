@@ -80,7 +80,7 @@ def test_the_dense_model_is_at_no_distance_from_itself(gallery: Gallery) -> None
     judged = Judge(gallery.prompts, gallery.dense, gallery.settings)(gallery.dense)
     assert judged["count"] == COUNT
     assert judged["latent_error"] == 0
-    assert judged["ssim"] == pytest.approx(1, abs=1e-9)
+    assert judged["ssim"] == pytest.approx(1, abs=1e-4)
     assert judged["psnr"] is None  # infinite
     assert judged["fid"] == pytest.approx(0, abs=1e-6)  # its pictures are the real ones here
     assert judged["scene_accuracy"] == 1
