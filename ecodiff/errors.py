@@ -1,5 +1,11 @@
-"""The one error that users are meant to see."""
+"""The one error that users are meant to see, and a line of what libraries raise."""
 
 
 class UserError(Exception):
     """Bad input: one line that says which key or file, what is wrong and what is allowed."""
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says, in one line; its type when it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

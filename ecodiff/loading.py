@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from ecodiff import saving
-from ecodiff.errors import UserError
+from ecodiff.errors import UserError, first_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -69,7 +69,7 @@ def load_pipeline(
     elif path.is_dir() and variant is None and device_map is None:
         pipe = saving.load(path, dtype=options["dtype"], encoders=encoders)
     elif path.is_dir() or (not path.exists() and len(path.parts) == 2):
-        absent = {} if encoders else dict.fromkeys(_encoders(source, revision))
+        absent = {} if encoders else saving.text_parts(_index(source, revision))
         read = DiffusionPipeline.from_pretrained
         pipe = _explained(source, lambda: read(source, **options, **absent))
     else:
@@ -84,16 +84,15 @@ def _single_file(path: Path, config: str | None, dtype: torch.dtype) -> Diffusio
         raise UserError(
             f"source: {path} is a single file: set `config` to the hub id or folder of its pipeline"
         )
-    index = _explained(config, lambda: DiffusionPipeline.load_config(config))
-    pipeline = getattr(diffusers, index["_class_name"])
+    pipeline = getattr(diffusers, _index(config)["_class_name"])
     read = pipeline.from_single_file
     return _explained(str(path), lambda: read(str(path), config=config, torch_dtype=dtype))
 
 
-def _encoders(source: str | Path, revision: str | None) -> list[str]:
+def _index(source: str | Path, revision: str | None = None) -> dict[str, Any]:
+    """The pipeline's model_index.json."""
     wanted = {} if revision is None else {"revision": revision}
-    index = _explained(source, lambda: DiffusionPipeline.load_config(source, **wanted))
-    return [name for name in index if name.startswith(saving.TEXT)]
+    return _explained(source, lambda: DiffusionPipeline.load_config(source, **wanted))
 
 
 def _explained(source: str | Path, read: Callable[[], Any]) -> Any:
@@ -121,7 +120,7 @@ def _what_helps(source: str | Path, error: BaseException) -> str:
         return "is not on the hub, or private: check the name, or run `hf auth login`"
     if is_due_to(OfflineModeIsEnabled, LocalEntryNotFoundError, ConnectionError):
         return f"is not in the cache and the hub is not reached: run `hf download {source}` online"
-    return f"does not load: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+    return f"does not load: {first_line(error)}"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

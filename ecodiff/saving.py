@@ -9,6 +9,7 @@ Safetensors only.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,12 @@ from safetensors import SafetensorError, safe_open
 
 from ecodiff import pruned
 from ecodiff.artifacts import atomic
-from ecodiff.errors import UserError
+from ecodiff.errors import UserError, first_line
 from ecodiff.pruned import Pruned
 from ecodiff.structures import Structure, discover
 
 MARKER = "ecodiff.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-TEXT = ("text_encoder", "tokenizer")  # how the names of text components start
 SHARD = "5GB"  # the largest file that is written
 
 
@@ -78,7 +78,7 @@ def load(
     name = next((n for n in ("unet", "transformer") if n in components), None)
     if name is None:
         raise UserError(f"{folder}/model_index.json: no unet or transformer")
-    absent = {} if encoders else {n: None for n in components if n.startswith(TEXT)}
+    absent = {} if encoders else text_parts(components)
     for component in components.keys() - absent.keys():
         if component == name or (folder / component / "config.json").exists():
             _check_weights(folder / component)
@@ -88,7 +88,12 @@ def load(
             folder, dtype=dtype, use_safetensors=True, **{name: denoiser}, **absent
         )
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: {_first_line(error)}") from error
+        raise UserError(f"{folder}: {first_line(error)}") from error
+
+
+def text_parts(components: Iterable[str]) -> dict[str, None]:
+    """Text encoders and tokenizers among a pipeline's components, as components to leave out."""
+    return {name: None for name in components if name.startswith(("text_encoder", "tokenizer"))}
 
 
 def _load_denoiser(folder: Path, library: str, class_name: str, dtype: torch.dtype) -> ModelMixin:
@@ -103,7 +108,7 @@ def _load_denoiser(folder: Path, library: str, class_name: str, dtype: torch.dty
             folder, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, TypeError) as error:
-        reason = _first_line(error)
+        reason = first_line(error)
         raise UserError(f"{folder}: config.json and weights disagree: {reason}") from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[what]:
@@ -131,7 +136,7 @@ def _check_weights(folder: Path) -> None:
             with safe_open(file, framework="pt"):
                 pass
         except (SafetensorError, OSError) as error:
-            reason = _first_line(error)
+            reason = first_line(error)
             raise UserError(f"{file}: truncated or not safetensors ({reason})") from error
 
 
@@ -145,8 +150,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a JSON object")
     return content
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
