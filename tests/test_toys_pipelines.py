@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import open_clip
 import pytest
 import torch
 
 from ecodiff.errors import UserError
+from ecodiff.state import State
 from ecodiff.toys import clip, flux, sdxl, text, training, vae, world
 from ecodiff.toys.making import make
 from ecodiff.toys.training import Recipe
@@ -57,14 +60,14 @@ def test_toy_clip_loads_through_open_clip_alone(tmp_path):
 
 
 def test_training_repeats_to_the_bit():
-    recipe = Recipe(steps=2, batch=2, lr=1e-3)
+    recipe = Recipe(cycles=(2,), batch=2, lr=1e-3)
     first, second = (vae.train(recipe)[0].state_dict() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_a_killed_training_ends_as_if_it_had_never_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "SAVE_EVERY", 0.0)
-    recipe, state = Recipe(steps=5, batch=2, lr=1e-2), tmp_path / "state.safetensors"
+    recipe, state = Recipe(cycles=(2, 3), batch=2, lr=1e-2), tmp_path / "state.safetensors"
 
     def train(dies_at=None, state=None):
         torch.manual_seed(0)
@@ -87,9 +90,41 @@ def test_a_killed_training_ends_as_if_it_had_never_stopped(tmp_path, monkeypatch
     assert not state.exists()
 
 
+def test_each_cycle_rises_and_falls_again():
+    recipe = Recipe(cycles=(4, 8), batch=1, lr=1.0, warmup=2)
+    rates = [recipe.lr_of(step) for step in range(recipe.steps)]
+    halves = [0.5, (2 + 2**0.5) / 4, 0.5, (2 - 2**0.5) / 4]  # a cosine's quarters
+    assert rates[:4] == pytest.approx(halves)
+    assert rates[6:12:2] == pytest.approx(halves[1:])
+    assert [step for step in range(recipe.steps) if recipe.starts_cycle(step)] == [4]
+
+
+def test_a_shipped_toy_goes_on_as_if_its_next_cycle_had_followed_at_once(tmp_path):
+    both, state = Recipe(cycles=(2, 3), batch=2, lr=1e-2), tmp_path / "state.safetensors"
+
+    def fit(recipe, linear, state=None):
+        def loss_of_step(step):
+            return linear(torch.randn(4, 3)).square().mean()
+
+        training.fit(linear, recipe, loss_of_step, "linear", state)
+        return linear
+
+    def new():
+        torch.manual_seed(0)
+        return torch.nn.Linear(3, 2)
+
+    shipped = fit(Recipe(cycles=(2,), batch=2, lr=1e-2), new()).half().float()
+    parameters, optimizer = (
+        dict(shipped.named_parameters()),
+        torch.optim.AdamW(shipped.parameters()),
+    )
+    State(state, asdict(both), parameters, optimizer).write({"step": 2, "seconds": 0.0})
+    assert torch.equal(fit(both, new(), state).weight, fit(both, new()).weight)
+
+
 def test_latents_have_unit_scale():
-    model = vae.train(Recipe(steps=1, batch=2, lr=1e-3))[0]
-    latents, captions = training.Latents(model, Recipe(1, 64, 0.0), pictures=64).batch(0)
+    model = vae.train(Recipe(cycles=(1,), batch=2, lr=1e-3))[0]
+    latents, captions = training.Latents(model, Recipe((1,), 64, 0.0), pictures=64).batch(0)
     assert latents.shape == (64, 4, 16, 16)
     assert len(captions) == 64
     assert latents.std().item() == pytest.approx(1, abs=0.2)

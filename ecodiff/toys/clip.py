@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ecodiff.toys import text, world
 from ecodiff.toys.training import DEVICE, Recipe, fit, scenes
 
-RECIPE = Recipe(steps=1500, batch=96, lr=1e-3)
+RECIPE = Recipe(cycles=(1500,), batch=96, lr=1e-3)
 CONFIG = {
     "embed_dim": 128,
     "vision_cfg": {

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ecodiff.toys import text, world
 from ecodiff.toys.training import DEVICE, Latents, Recipe, fit
 
-RECIPE = Recipe(steps=5200, batch=48, lr=1e-3, warmup=200)
+RECIPE = Recipe(cycles=(5200, 10_000), batch=48, lr=1e-3, warmup=200)
 UNCONDITIONAL = 0.1  # share of captions dropped, for classifier-free guidance
 WIDTHS = (32, 64, 96)
 HEAD_DIM = 16

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -24,19 +25,34 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one part of a toy is trained; part of its model card."""
+    """How one part of a toy is trained; part of its model card.
 
-    steps: int
+    Each cycle begins as if from a shipped toy, with weights that went through fp16 and a new
+    optimiser, so that a toy can be trained further without its state and still be repeated.
+    """
+
+    cycles: tuple[int, ...]  # steps of each
     batch: int
     lr: float
     warmup: int = 100
-    cycles: int = 1
     seed: int = 0
+
+    @property
+    def steps(self) -> int:
+        """Steps of all cycles."""
+        return sum(self.cycles)
+
+    def starts_cycle(self, step: int) -> bool:
+        """Whether a cycle, other than the first, begins with this step."""
+        return step in accumulate(self.cycles[:-1])
 
     def lr_of(self, step: int) -> float:
         """The learning rate of a step: in each cycle a linear warm-up, then a cosine to zero."""
-        length = self.steps / self.cycles
-        within = step % length
+        within = step
+        for length in self.cycles:
+            if within < length:
+                break
+            within -= length
         rising = (within + 1) / self.warmup
         falling = 0.5 * (1 + math.cos(math.pi * within / length))
         return self.lr * min(rising, falling)
@@ -107,6 +123,10 @@ def fit(
     running = None
     for step in range(first, recipe.steps):
         torch.manual_seed(recipe.seed * 1_000_003 + step)
+        if recipe.starts_cycle(step):
+            optimizer.state.clear()
+            for parameter in module.parameters():
+                parameter.data = parameter.data.half().float()
         loss = loss_of_step(step)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

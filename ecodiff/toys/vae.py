@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ecodiff.toys.training import DEVICE, Recipe, fit, scenes
 
-RECIPE = Recipe(steps=2400, batch=8, lr=1.5e-3)
+RECIPE = Recipe(cycles=(2400,), batch=8, lr=1.5e-3)
 OBJECT_WEIGHT = 8.0  # objects cover a tenth of a picture and carry nearly all of its caption
 NOISE = 0.1  # on latents that are decoded, so that a denoiser's small errors are forgiven
 FREE_WEIGHT = 0.05  # keeps the channel that is no colour as narrow as the others
