@@ -31,7 +31,7 @@ def message(**changes):
     return text
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "paper.yaml"])
+@pytest.mark.parametrize("name", ["config.yaml", "few-steps.yaml", "paper.yaml"])
 def test_shipped_configs_are_valid(name):
     assert load_config(ROOT / "config" / name).variants
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from diffusers import EulerAncestralDiscreteScheduler
 from tiny import CALLS, SMALL, tiny
 from torch import nn
 
@@ -19,6 +20,7 @@ from ecodiff.gates import Gates
 from ecodiff.pipelines import call_arguments, decode, denoise, encode, starting_noise
 from ecodiff.retrain.objective import conditioned, objective
 from ecodiff.rollout import frozen, rollout
+from ecodiff.settings import MaskSettings
 from ecodiff.structures import denoiser_of, discover
 
 PROMPTS = ["a red square", "a small blue ring on navy", "a circle"]  # of different lengths
@@ -305,6 +307,33 @@ def test_retraining_sees_one_prediction_a_latent_and_no_guidance(family):
     with torch.no_grad():
         found = prepared.predict(denoiser_of(pipe), noise, timesteps)
     assert found.shape == noise.shape
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("kind", ["lcm", "turbo", "schnell"])
+def test_step_distilled_models_are_pruned_over_their_few_steps(kind, steps, tmp_path):
+    family = {"lcm": "lcm", "turbo": "sdxl", "schnell": "flux"}[kind]
+    pipe, call = tiny(family), {**CALLS[family], **SMALL, "num_inference_steps": steps}
+    if family != "flux":
+        call["guidance_scale"] = 1.0 if kind == "lcm" else 0.0
+    if kind == "turbo":
+        pipe.scheduler = EulerAncestralDiscreteScheduler.from_config(
+            pipe.scheduler.config, timestep_spacing="trailing"
+        )
+    embeds = encode(pipe, PROMPTS, call)
+    assert not any(key.startswith("negative") for key in embeds)  # guidance is off
+    runs = []
+    hook = denoiser_of(pipe).register_forward_pre_hook(lambda *_: runs.append(1))
+    settings = MaskSettings(iterations=2, batch=3, lr={"heads": 1.0, "neurons": 1.0})
+    mask = ecodiff.learn_mask(pipe, PROMPTS, 0.1, call=call, settings=settings)
+    hook.remove()
+    assert len(runs) == 3 * steps  # the dense trajectory, then two updates
+    assert any(scores.unique().numel() > 1 for scores in mask.scores.values())
+    ecodiff.prune(pipe, mask)
+    noise = starting_noise(pipe, SEEDS, call)
+    z0 = denoise(pipe, embeds, noise, call)
+    ecodiff.save(pipe, tmp_path / "small")
+    assert torch.equal(denoise(ecodiff.load(tmp_path / "small"), embeds, noise, call), z0)
 
 
 def test_retraining_z_image_is_refused():

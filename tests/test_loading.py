@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
@@ -14,6 +17,7 @@ from tiny import CALLS, tiny_flux, tiny_sdxl
 import ecodiff
 from ecodiff import loading, pipelines
 from ecodiff.errors import UserError
+from ecodiff.toys import flux, vae
 
 
 def test_a_saved_pipeline_loads_back(tmp_path):
@@ -113,6 +117,47 @@ def test_text_encoders_can_be_left_out(make, tmp_path):
     noise = pipelines.starting_noise(pipe, [1], call)
     z0 = [pipelines.denoise(p, embeds, noise, call) for p in (pipe, bare)]
     torch.testing.assert_close(*z0, rtol=0, atol=1e-5)
+
+
+PEAK = """
+import sys, threading
+import torch, ecodiff
+from diffusers import DiffusionPipeline
+
+def anonymous():
+    line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
+    return 1024 * int(line.split()[1])
+
+DiffusionPipeline.from_pretrained(sys.argv[1])  # whatever loading imports
+read = ecodiff.load if sys.argv[2] == "ecodiff" else DiffusionPipeline.from_pretrained
+peak, done, before = [0], threading.Event(), anonymous()
+
+def watch():
+    while not done.wait(0.001):
+        peak.append(anonymous())
+
+thread = threading.Thread(target=watch)
+thread.start()
+pipe = read(sys.argv[1], dtype=torch.float32)
+done.set()
+thread.join()
+weights = sum(p.nbytes for p in pipe.transformer.parameters())
+print((max(peak) - before) / weights)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's accounts")
+@pytest.mark.parametrize("reader", ["ecodiff", "diffusers"])
+def test_loading_a_pruned_model_takes_no_more_than_its_weights(reader, tmp_path):
+    pipe = flux.build(vae.build(), heads=24, double=2, single=2)
+    kept = {s.name: torch.arange(s.units) % 5 > 0 for s in ecodiff.discover(pipe)}
+    ecodiff.prune(pipe, kept)
+    # Half precision on disk: the cast leaves nothing to the file's own pages.
+    ecodiff.save(pipe.to(torch.float16), tmp_path / "model")
+    command = [sys.executable, "-c", PEAK, tmp_path / "model", reader]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert 0.5 < float(done.stdout.split()[-1]) < 1.1
 
 
 def test_a_single_file_needs_the_config_of_its_pipeline(tmp_path, monkeypatch):

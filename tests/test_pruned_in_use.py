@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, DiffusionPipeline
+from diffusers.pipelines import pipeline_utils
+from diffusers.utils import hub_utils
+from huggingface_hub import ModelCard
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
@@ -125,6 +130,25 @@ def test_a_wrapped_or_pruned_denoiser_is_refused(loaded):
     dense.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
     with pytest.raises(UserError, match="adapters must be merged"):
         ecodiff.discover(dense)
+
+
+def test_what_is_pushed_to_the_hub_is_what_was_saved(loaded, tmp_path, monkeypatch):
+    family, pipe = loaded
+    sent = tmp_path / "sent"
+    repo = SimpleNamespace(repo_id="owner/name")
+    monkeypatch.setattr(hub_utils, "create_repo", lambda *_, **__: repo)
+    monkeypatch.setattr(pipeline_utils, "create_repo", lambda *_, **__: repo)
+    monkeypatch.setattr(hub_utils, "load_or_create_model_card", lambda *_, **__: ModelCard(""))
+
+    def upload(folder_path, **_):
+        shutil.copytree(folder_path, sent)
+
+    monkeypatch.setattr(hub_utils, "upload_folder", upload)
+    pipe.push_to_hub("owner/name")
+    name = "unet" if family == "sdxl" else "transformer"
+    assert (sent / name / "ecodiff.py").is_file()
+    again = DiffusionPipeline.from_pretrained(sent)
+    assert torch.equal(z0(again, family), z0(pipe, family))
 
 
 @pytest.mark.slow
