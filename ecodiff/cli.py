@@ -16,7 +16,7 @@ import typer
 from ecodiff import settings as sections
 from ecodiff.artifacts import atomic, write_json, write_manifest
 from ecodiff.config import Config, load_config, read_settings
-from ecodiff.errors import UserError
+from ecodiff.errors import Stopped, UserError
 from ecodiff.prompts import make_prompts, read_prompts, write_prompts
 
 if TYPE_CHECKING:
@@ -51,7 +51,10 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:<n>.")]
 
 
 def main() -> None:
-    """Runs the command; an error of the user's is one line and exit status 2."""
+    """Runs the command; an error of the user's is one line and exit status 2.
+
+    A job that was told to stop ends with 75: the same command goes on where it was.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("ecodiff").setLevel(logging.INFO)
     if not sys.stderr.isatty():  # logs want lines, not the libraries' bars
@@ -61,6 +64,8 @@ def main() -> None:
     except UserError as error:
         print(f"ecodiff: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except Stopped:
+        raise SystemExit(Stopped.exit_code) from None
 
 
 @app.command()

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import TextIO
 
+import psutil
 import torch
 
 log = logging.getLogger(__name__)
@@ -36,6 +37,13 @@ def choose_device(wanted: str = "auto") -> str:
             log.info("waiting for a free GPU")
             waiting = True
         time.sleep(2)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device; of the CPU, what the machine has available."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
 
 
 def _lease(name: str, folder: Path | None = None) -> bool:

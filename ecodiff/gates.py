@@ -188,15 +188,17 @@ class Gates(nn.Module):
             gate = gate.repeat(branches, 1)
         return x * gate.view(len(gate), *[1] * (x.ndim - 2), -1)
 
-    def expected_sparsity(self, total_parameters: int) -> Tensor:
-        """Expected share of `total_parameters` that is removed; scalar fp32, differentiable."""
-        logits = self.logits
-        shares = [
-            (1 - open_probability(logits[s.name], self.floor)).sum()
-            * (s.unit_parameters / total_parameters)
-            for s in self.structures
-        ]
-        return torch.stack(shares).sum()
+    def expected_sparsity(self, total_parameters: int) -> dict[str, Tensor]:
+        """Expected share of `total_parameters` that is removed of each kind of structure.
+
+        Scalars, fp32, differentiable; their sum is the expected sparsity.
+        """
+        shares: dict[str, Tensor] = {}
+        for s in self.structures:
+            closed = (1 - open_probability(self.logits[s.name], self.floor)).sum()
+            share = closed * (s.unit_parameters / total_parameters)
+            shares[s.kind] = shares.get(s.kind, 0) + share
+        return shares
 
 
 def _by_module(

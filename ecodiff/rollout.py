@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute_later
@@ -49,8 +51,50 @@ def rollout(
     # Only the denoiser is wrapped: the scheduler's scaling and step counter stay outside, so a
     # recomputed step sees the very latent that was stored.
     loop = type(pipe).__call__.__wrapped__
-    with quiet(pipe), _replaced_forward(denoiser, step if checkpoint else forward):
+    with quiet(pipe), replaced_forward(denoiser, step if checkpoint else forward):
         return loop(pipe, **call_arguments(pipe, embeds, noise, call))[0].to(noise.dtype)
+
+
+@dataclass(frozen=True)
+class DenseStep:
+    """One call of the denoiser on its own trajectory.
+
+    Attributes:
+        args, kwargs: what it was called with.
+        prediction: what it answered, (n, ...); the output's first tensor.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    prediction: Tensor
+
+    def again(self, denoiser: nn.Module) -> Tensor:
+        """The prediction of a denoiser, such as a gated one, on the same input."""
+        return _prediction(denoiser(*self.args, **self.kwargs))
+
+
+@torch.no_grad()
+def dense_steps(
+    pipe: DiffusionPipeline, embeds: dict[str, Tensor], noise: Tensor, call: Call
+) -> list[DenseStep]:
+    """Record each call of the denoiser from noise to z0 (EcoDiff, ablation "per-step loss")."""
+    forward = denoiser_of(pipe).forward
+    steps: list[DenseStep] = []
+
+    def record(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        steps.append(DenseStep(args, kwargs, _prediction(output)))
+        return output
+
+    with quiet(pipe), replaced_forward(denoiser_of(pipe), record):
+        pipe(**call_arguments(pipe, embeds, noise, call))
+    return steps
+
+
+def _prediction(output: Any) -> Tensor:
+    """The first tensor of a denoiser's output; a list of latents (Z-Image) is laid together."""
+    first = output[0]
+    return torch.stack(first) if isinstance(first, list) else first
 
 
 @contextmanager
@@ -70,7 +114,8 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
+def replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
+    """Call `forward` where the module is called, then restore what was there."""
     own = module.__dict__.get("forward")  # set when a library has hooked the instance
     module.forward = forward
     try:

@@ -104,6 +104,14 @@ class LearningRates(Settings):
     modulation: PositiveFloat = 0.1
 
 
+class KindWeights(Settings):
+    """What a parameter of each kind of structure weighs in a penalty."""
+
+    heads: NonNegativeFloat = 1.0
+    neurons: NonNegativeFloat = 1.0
+    modulation: NonNegativeFloat = 1.0
+
+
 class MaskSettings(Settings):
     """How masks are learned and units selected (EcoDiff)."""
 
@@ -115,13 +123,25 @@ class MaskSettings(Settings):
     scores again. A penalty aims at none, so there it is always shared."""
     beta: NonNegativeFloat = 0.1
     """penalty: weight of the expected share of parameters kept."""
+    weights: KindWeights = KindWeights()
+    """penalty: how much more than others the parameters of a kind are wanted gone."""
+    loss: Literal["end-to-end", "per-step"] = "end-to-end"
+    """`end-to-end`: the final latent must not change. `per-step`: each step's prediction must not,
+    on the dense model's own latents; the paper's ablation, far worse."""
     first_logit: float = 3.0
     """Where all logits start."""
     lr: LearningRates = LearningRates()
+    lr_warmup: NonNegativeInt = 0
+    """Iterations over which learning rates rise to their full value."""
     noise_floor: NonNegativeFloat = 0.1
     """Added to the uniform noise of the gates; 0 is the hard concrete distribution itself."""
     iterations: PositiveInt = 100
     """Updates of the logits."""
+    patience: PositiveInt | None = None
+    """Stop early when the units to remove were the same for so many iterations, but for one in a
+    hundred. null: never."""
+    save_every: PositiveInt = 10
+    """Iterations after which the state is written: a job that is killed loses at most so many."""
     batch: PositiveInt = 4
     """Prompts that pass through the denoiser together."""
     accumulate: PositiveInt = 1
@@ -132,8 +152,11 @@ class MaskSettings(Settings):
     """budget: learning rate of the multipliers' ascent."""
     checkpoint: bool = True
     """Recompute each denoising step in the backward pass instead of keeping its activations."""
-    keep_steps: NonNegativeInt = 0
-    """With checkpoint: steps whose activations are kept all the same; more memory, less time."""
+    keep_steps: NonNegativeInt | Literal["auto"] = 0
+    """With checkpoint: steps whose activations are kept all the same; more memory, less time.
+    `auto`: as many as `memory_mb` allows."""
+    memory_mb: PositiveInt | None = None
+    """keep_steps auto: memory that activations may take; null: most of what is free."""
     scope: Literal["global", "structure"] = "global"
     """Rank units across all structures, or remove the same share of each."""
     min_units: NonNegativeInt = 0

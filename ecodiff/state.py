@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -14,8 +18,47 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ecodiff.artifacts import atomic
+from ecodiff.errors import Stopped
 
 log = logging.getLogger(__name__)
+
+
+class Termination:
+    """Turns SIGTERM into `Stopped`, as soon as nothing is half done.
+
+    Schedulers send it before they kill a job: when its time is up, or a better one wants its place.
+    """
+
+    def __init__(self) -> None:
+        self.asked, self.may_stop = False, True
+
+    @contextmanager
+    def heeded(self) -> Iterator[None]:
+        """Inside, SIGTERM raises `Stopped`. Only the main thread of a process can be told."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGTERM, self._stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    @contextmanager
+    def put_off(self) -> Iterator[None]:
+        """Inside, it waits for the end of the block, so that what changes there changes whole."""
+        self.may_stop = False
+        try:
+            yield
+        finally:
+            self.may_stop = True
+        if self.asked:
+            raise Stopped
+
+    def _stop(self, _signal: int, _frame: FrameType | None) -> None:
+        self.asked = True
+        if self.may_stop:
+            raise Stopped
 
 
 class State:

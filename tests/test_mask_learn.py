@@ -2,6 +2,10 @@
 
 import json
 import logging
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +16,9 @@ from ecodiff.calibrate import calibrate
 from ecodiff.errors import UserError
 from ecodiff.mask import learn
 from ecodiff.mask.learn import COLUMNS, learn_mask
+from ecodiff.mask.objective import expected_sparsity
 from ecodiff.pipelines import denoiser_of
+from ecodiff.rollout import dense_steps
 from ecodiff.settings import LearningRates, MaskSettings
 from ecodiff.structures import discover
 
@@ -41,8 +47,12 @@ def learner(given, **settings):
     return learn._Learner(pipe, calibration, MaskSettings(**{**QUICK, **settings}), 0.1)
 
 
+def update(made, iteration=0):
+    return made.apply(made.differentiate(iteration))
+
+
 def gradients(made, iteration=0):
-    made.update(iteration)
+    made.differentiate(iteration)
     return torch.cat([logits.grad.flatten() for logits in made.gates.logits.values()])
 
 
@@ -111,7 +121,7 @@ def test_logits_stay_fp32_in_a_bf16_model_and_nothing_decays():
     pipe = tiny("flux").to(torch.bfloat16)
     calibration = calibrate(pipe, PROMPTS, [0, 1, 2, 3], CALL["flux"], batch_size=4)
     made = learner((pipe, calibration))
-    made.update(0)
+    update(made)
     for logits in made.gates.logits.values():
         assert logits.dtype == torch.float32
         assert made.optimiser.state[logits]["exp_avg"].dtype == torch.float32
@@ -121,7 +131,7 @@ def test_logits_stay_fp32_in_a_bf16_model_and_nothing_decays():
 def test_each_kind_learns_at_its_own_rate(flux):
     rates = LearningRates(heads=0.5, neurons=0.1, modulation=0.02)
     made = learner(flux, lr=rates, objective="penalty", beta=100.0)
-    made.update(0)
+    update(made)
     kinds = {s.name: s.kind for s in discover(flux[0])}
     for name, logits in made.gates.logits.items():  # Adam's first step is its learning rate
         moved = (logits.detach() - 3.0).abs()
@@ -140,32 +150,131 @@ def test_every_prompt_is_seen_once_before_any_is_seen_again(flux):
 def test_a_penalty_moves_every_kind_towards_closing(flux):
     """Fault 5: the modulation regulariser never reached the loss."""
     made = learner(flux, objective="penalty", beta=100.0, noise_floor=0.1)
-    made.update(0)
+    update(made)
     assert all((logits < 3.0).all() for logits in made.gates.logits.values())
 
 
-def test_a_continued_run_equals_one_that_never_stopped(flux, tmp_path, monkeypatch):
+# A whole run in a process of its own, which prints as each iteration ends.
+RUN = """
+import sys, time
+import torch
+sys.path.insert(0, sys.argv[1])
+from test_mask_learn import LONG, recorded
+from ecodiff.cli import main
+from ecodiff.mask import learn
+from ecodiff import cli
+
+apply = learn._Learner.apply
+
+def slowly(made, row):
+    print(row["iteration"], flush=True)
+    time.sleep(float(sys.argv[3]))
+    return apply(made, row)
+
+def run():
+    scores, _ = learn.learn_mask(*recorded("flux"), LONG, 0.1, sys.argv[2] + "/state.safetensors")
+    torch.save(scores, sys.argv[2] + "/scores.pt")
+
+learn._Learner.apply = slowly
+cli.app = run
+main()
+"""
+LONG = MaskSettings(iterations=7, batch=2, save_every=2)
+
+
+def start(folder, sleep=0.0):
+    command = [sys.executable, "-c", RUN, Path(__file__).parent, folder, str(sleep)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "exit_code", "first_again"),
+    [(signal.SIGKILL, -signal.SIGKILL, 4), (signal.SIGTERM, 75, 6)],
+    ids=["kill -9 loses no more than to the last save", "SIGTERM loses nothing"],
+)
+def test_a_killed_job_goes_on_and_gives_the_same_mask_to_the_bit(
+    flux, tmp_path, number, exit_code, first_again
+):
+    job = start(tmp_path, sleep=0.5)
+    for line in job.stdout:
+        if int(line) == 5:  # of iteration 5 the gradients are there and the update is not
+            job.send_signal(number)
+    assert job.wait() == exit_code
+    again = start(tmp_path)
+    assert int(again.stdout.readline()) == first_again
+    again.communicate()
+    assert again.returncode == 0
+    whole, _ = learn_mask(*flux, LONG, 0.1)
+    resumed = torch.load(tmp_path / "scores.pt", weights_only=True)
+    assert all(torch.equal(resumed[name], scores) for name, scores in whole.items())
+    assert not (tmp_path / "state.safetensors").exists()
+
+
+def test_two_runs_give_the_same_mask_to_the_bit(flux):
+    first, second = (learn_mask(*flux, MaskSettings(**QUICK), 0.1)[0] for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_learning_rates_rise_in_the_warm_up(flux):
+    made = learner(flux, lr_warmup=2, lr={"heads": 0.4, "neurons": 0.2, "modulation": 0.1})
+    rates = []
+    for iteration in range(3):
+        update(made, iteration)
+        rates.append([group["lr"] for group in made.optimiser.param_groups])
+    assert rates == [[0.2, 0.1, 0.05], [0.4, 0.2, 0.1], [0.4, 0.2, 0.1]]
+
+
+def test_learning_stops_when_the_ranking_no_longer_changes(flux):
+    settings = {"iterations": 9, "batch": 1, "patience": 2, "warmup": 0.5}
+    still = MaskSettings(**settings, lr={"heads": 1e-9, "neurons": 1e-9, "modulation": 1e-9})
+    _, history = learn_mask(*flux, still, 0.1)
+    assert len(history) == 5  # not before the target has risen to the end
+    assert history["changed"].eq(0).all()
+    _, restless = learn_mask(*flux, MaskSettings(**{**settings, "iterations": 4}), 0.1)
+    assert len(restless) == 4 and restless["changed"].max() > 0.01
+
+
+def test_a_kind_that_weighs_nothing_is_not_pulled(flux):
+    weights = {"heads": 0.0, "neurons": 1.0, "modulation": 2.0}
+    made = learner(flux, objective="penalty", beta=1e3, weights=weights)
+    removed = expected_sparsity(made.gates, made.total)
+    made.objective.regulariser(removed, 1.0).backward()
+    kinds = {s.name: (s.kind, s.unit_parameters) for s in made.gates.structures}
+    pulls = {}
+    for name, logits in made.gates.logits.items():
+        kind, parameters = kinds[name]
+        pulls[kind] = (logits.grad / parameters).unique().item()
+    assert pulls["heads"] == 0
+    assert pulls["modulation"] == pytest.approx(2 * pulls["neurons"])
+
+
+def test_the_per_step_loss_compares_predictions_on_the_dense_models_own_latents(flux):
+    """By hand: one batch, gates drawn anew, each step's relative error, their mean."""
     pipe, calibration = flux
-    settings = MaskSettings(**{**QUICK, "iterations": 4})
-    whole, _ = learn_mask(pipe, calibration, settings, 0.1)
-    scratch = tmp_path / "state.safetensors"
-    update = learn._Learner.update
+    made = learner(flux, loss="per-step", objective="penalty", beta=0.0, batch=4)
+    row = made.differentiate(0)
+    embeds, noise, _ = calibration.batch(made._rows(0)[0])
+    steps = dense_steps(pipe, embeds, noise, calibration.call)
+    gates = learn.Gates(discover(pipe), 3.0, 0.0)
+    gates.draw(4, torch.Generator().manual_seed(learn._mix(0, 1, 0)))
+    with torch.no_grad(), gates.attached(denoiser_of(pipe)):
+        errors = [
+            (pipe.transformer(*s.args, **s.kwargs)[0] - s.prediction).square().mean()
+            / s.prediction.var()
+            for s in steps
+        ]
+    assert len(errors) == CALL["flux"]["num_inference_steps"]
+    assert row["distortion"] == pytest.approx(sum(errors).item() / len(errors), rel=1e-5)
+    assert all(logits.grad.abs().sum() > 0 for logits in made.gates.logits.values())
 
-    def stop(made, iteration):
-        if iteration == 2:
-            raise KeyboardInterrupt
-        return update(made, iteration)
 
-    monkeypatch.setattr(learn, "SAVE_EVERY", -1.0)
-    monkeypatch.setattr(learn._Learner, "update", stop)
-    with pytest.raises(KeyboardInterrupt):
-        learn_mask(pipe, calibration, settings, 0.1, scratch)
-    monkeypatch.setattr(learn._Learner, "update", update)
-    continued, history = learn_mask(pipe, calibration, settings, 0.1, scratch)
-    assert history["iteration"].tolist() == [0, 1, 2, 3]
-    assert not scratch.exists()
-    for name, value in whole.items():
-        torch.testing.assert_close(continued[name], value, rtol=0, atol=0)
+@pytest.mark.parametrize(("budget", "kept"), [(1, 0), (100_000, 2)])
+def test_the_activation_budget_keeps_what_fits(sdxl, budget, kept):
+    made = learner(sdxl, keep_steps="auto", memory_mb=budget)
+    reference = gradients(learner(sdxl))
+    assert torch.equal(gradients(made), reference)
+    assert made.keep_steps == kept
 
 
 def test_the_state_of_another_run_is_not_continued(flux, tmp_path, caplog):

@@ -30,15 +30,17 @@ def test_distortion_of_half_precision_latents_is_computed_in_fp32():
 def test_expected_sparsity_is_exact(floor, logit):
     """Fault 4: an L0 formula that ignores the noise floor."""
     gates = Gates([HEADS, MODULATION], logit, floor)
-    ours = expected_sparsity(gates, 100)
-    assert ours.item() == pytest.approx(gates.expected_sparsity(100).item(), abs=1e-7)
+    ours, exact = expected_sparsity(gates, 100), gates.expected_sparsity(100)
+    assert {kind: share.item() for kind, share in ours.items()} == pytest.approx(
+        {kind: share.item() for kind, share in exact.items()}, abs=1e-7
+    )
 
 
 @pytest.mark.parametrize("floor", [0.0, 0.1, 0.5])
 def test_the_first_update_has_a_gradient_for_every_kind(floor):
     """Fault 5: the modulation regulariser never reached the loss; and a floor flattens P."""
     gates = Gates([HEADS, MODULATION], 3.0, floor)
-    expected_sparsity(gates, 100).backward()
+    sum(expected_sparsity(gates, 100).values()).backward()
     for structure in (HEADS, MODULATION):
         assert (gates.logits[structure.name].grad < 0).all()
 
@@ -46,16 +48,17 @@ def test_the_first_update_has_a_gradient_for_every_kind(floor):
 @pytest.mark.parametrize("floor", [0.0, 0.3])
 def test_gradients_are_those_of_the_exact_value_where_it_is_not_flat(floor):
     ours, exact = (Gates([HEADS, MODULATION], 0.2 - 1.99, floor) for _ in range(2))
-    expected_sparsity(ours, 100).backward()
-    exact.expected_sparsity(100).backward()
+    sum(expected_sparsity(ours, 100).values()).backward()
+    sum(exact.expected_sparsity(100).values()).backward()
     for name in ours.logits:
         torch.testing.assert_close(ours.logits[name].grad, exact.logits[name].grad)
 
 
 def test_the_penalty_weighs_the_share_that_is_kept():
     """Fault 3: an L1 of raw logits in the place of L0."""
-    penalty = Penalty(beta=2.0, maskable=0.35)
-    assert penalty.regulariser(torch.tensor(0.1), 0.5).item() == pytest.approx(0.5)
+    penalty = Penalty(2.0, {"heads": 0.2, "neurons": 0.15}, {"heads": 1.0, "neurons": 3.0})
+    removed = {"heads": torch.tensor(0.1), "neurons": torch.tensor(0.05)}
+    assert penalty.regulariser(removed, 0.5).item() == pytest.approx(2 * (0.1 + 3 * 0.1))
     assert math.isnan(penalty.target(0.5))
 
 
@@ -68,7 +71,7 @@ def test_the_budget_rises_linearly_then_stays():
 
 def test_the_budgets_terms_are_those_of_the_equation():
     budget = Budget(sparsity=0.3, warmup=0.0, lr=1.0, linear=2.0, quadratic=5.0)
-    value = budget.regulariser(torch.tensor(0.1), 1.0).item()
+    value = budget.regulariser({"heads": torch.tensor(0.1)}, 1.0).item()
     assert value == pytest.approx(2 * 0.2 + 5 * 0.04)
 
 
@@ -97,8 +100,8 @@ def test_a_hundred_updates_hold_the_budget_and_remove_what_matters_least(sparsit
         expected = expected_sparsity(gates, 660)
         (loss + budget.regulariser(expected, (i + 1) / 100)).backward()
         optimiser.step()
-        budget.ascend(expected.item(), (i + 1) / 100)
-    assert expected.item() == pytest.approx(sparsity, abs=0.15)
+        budget.ascend(expected["neurons"].item(), (i + 1) / 100)
+    assert expected["neurons"].item() == pytest.approx(sparsity, abs=0.15)
     count = int(sparsity * 660)
     removed = importance[logits.detach().argsort()[:count]].sum()
     assert removed < 3 * importance.sort().values[:count].sum()

@@ -54,7 +54,7 @@ def mask_cost(
             stepped = {**call, "num_inference_steps": steps}
             z0 = rollout(pipe, embeds, noise, stepped, checkpoint=checkpoint)
             # Any target costs the same.
-            loss = (z0 - noise).square().mean() + gates.expected_sparsity(total)
+            loss = (z0 - noise).square().mean() + sum(gates.expected_sparsity(total).values())
             loss.backward()
         gates.zero_grad()
         if noise.is_cuda:

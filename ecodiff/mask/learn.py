@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,18 +15,28 @@ import pandas as pd
 import torch
 from diffusers import DiffusionPipeline
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from torch import Tensor
 
+from ecodiff.activations import affordable_steps
+from ecodiff.artifacts import code_hash
 from ecodiff.calibrate import Calibration
-from ecodiff.errors import UserError
+from ecodiff.errors import Stopped, UserError
 from ecodiff.gates import Gates
 from ecodiff.mask.objective import Budget, Objective, Penalty, distortion, expected_sparsity
+from ecodiff.mask.select import select
 from ecodiff.pipelines import denoiser_of
-from ecodiff.rollout import frozen, rollout
+from ecodiff.rollout import dense_steps, frozen, rollout
 from ecodiff.settings import MaskSettings
-from ecodiff.state import State
-from ecodiff.structures import count_parameters, discover, maskable_share
+from ecodiff.state import State, Termination
+from ecodiff.structures import Structure, count_parameters, discover, maskable_share
 
 COLUMNS = (
     "iteration",
@@ -33,9 +45,11 @@ COLUMNS = (
     "expected_sparsity",
     "target_sparsity",
     "regulariser",
+    "changed",
     "seconds",
 )
-SAVE_EVERY = 60.0  # seconds between two writes of the state
+COST_ONLY = {"checkpoint", "keep_steps", "memory_mb", "save_every"}  # settings; no mask changes
+SETTLED = 0.01  # share of the units to remove whose exchange still counts as no change
 
 log = logging.getLogger(__name__)
 
@@ -58,39 +72,49 @@ def learn_mask(
 
     Returns:
         Scores, structure name -> fp32 (units,) logits on the CPU; and the history, a row an
-        iteration with `COLUMNS`.
+        iteration with `COLUMNS`. `changed` is the share of the units to remove that others have
+        taken the place of in that iteration.
 
     Raises:
         UserError: the calibration is of another model, or the loss stops being finite; iteration
             and prompts are named and the last good state is in `scratch`.
+        Stopped: SIGTERM came; the state is in `scratch`.
     """
     calibration.check(pipe)
     learner = _Learner(pipe, calibration, settings, sparsity)
     identity = {
-        "settings": settings.model_dump(),
+        "code": code_hash("mask.learn"),
+        "settings": settings.model_dump(exclude=COST_ONLY),
         "sparsity": sparsity,
         "calibration": [calibration.fingerprint, calibration.prompts, calibration.seeds],
     }
     state = State(scratch, identity, learner.gates.logits, learner.optimiser)
     history = learner.restored(state)
-    written = time.monotonic()
+    termination = Termination()
     console = Console(stderr=True)
     with (
+        termination.heeded(),
         frozen(learner.denoiser),
-        Progress(console=console, disable=not sys.stderr.isatty()) as bar,
+        Progress(*_columns(), console=console, disable=not sys.stderr.isatty()) as bar,
     ):
-        task = bar.add_task("mask", total=settings.iterations, completed=len(history))
-        for iteration in range(len(history), settings.iterations):
+        task = bar.add_task("mask", total=settings.iterations, completed=len(history), state="")
+        while len(history) < settings.iterations and not learner.is_settled(history):
             try:
-                history.append(learner.update(iteration))
+                row = learner.differentiate(len(history))
+                with termination.put_off():
+                    history.append(learner.apply(row))
+                    if len(history) % settings.save_every == 0:
+                        state.write(learner.info(history))
             except FloatingPointError as error:
                 state.write(learner.info(history))
-                raise UserError(f"mask: iteration {iteration}: {error}") from error
-            bar.advance(task)
-            log.info("%s", _line(history[-1], settings.iterations))
-            if time.monotonic() - written > SAVE_EVERY:
+                raise UserError(f"mask: iteration {len(history)}: {error}") from error
+            except Stopped:
                 state.write(learner.info(history))
-                written = time.monotonic()
+                log.info("mask: stopped after %s iterations; run it again to go on", len(history))
+                raise
+            line = _line(history[-1], settings.iterations)
+            bar.update(task, advance=1, state=line)
+            log.log(logging.INFO if bar.disable else logging.DEBUG, "%s", line)
     state.discard()
     scores = {name: logits.detach().cpu().clone() for name, logits in learner.gates.logits.items()}
     return scores, pd.DataFrame(history, columns=list(COLUMNS))
@@ -107,20 +131,23 @@ class _Learner:
         sparsity: float,
     ) -> None:
         self.pipe, self.calibration, self.settings = pipe, calibration, settings
-        self.denoiser = denoiser_of(pipe)
+        self.denoiser, self.sparsity = denoiser_of(pipe), sparsity
+        keep = settings.keep_steps
+        self.keep_steps = None if keep == "auto" and settings.checkpoint else keep
         structures = discover(self.denoiser)
         self.total = count_parameters(self.denoiser)
         self.gates = Gates(structures, settings.first_logit, settings.noise_floor)
         self.gates.to(self.denoiser.device)
         kinds = {s.name: s.kind for s in structures}
+        self.lr = settings.lr.model_dump()
         groups = [
-            {"params": [v for k, v in self.gates.logits.items() if kinds[k] == kind], "lr": lr}
-            for kind, lr in settings.lr.model_dump().items()
+            {"params": [v for k, v in self.gates.logits.items() if kinds[k] == kind], "kind": kind}
+            for kind in self.lr
             if kind in kinds.values()
         ]
         # Weight decay would pull logits down with no gradient at all.
         self.optimiser = torch.optim.AdamW(groups, weight_decay=0.0)
-        self.objective = _objective(settings, sparsity, maskable_share(structures, self.total))
+        self.objective = _objective(settings, sparsity, structures, self.total)
         self.variance = calibration.z0.float().var().item()
 
     def info(self, history: list[dict[str, float]]) -> dict[str, Any]:
@@ -133,11 +160,12 @@ class _Learner:
         self.objective = replace(self.objective, **found["objective"])
         return found["history"]
 
-    def update(self, iteration: int) -> dict[str, float]:
-        """One update of all logits from the mean gradient of `batch * accumulate` prompts.
+    def differentiate(self, iteration: int) -> dict[str, float]:
+        """Put into the logits the mean gradient of `batch * accumulate` prompts; changes no logit.
 
         Its randomness depends on the seed and the iteration alone, so a continued run is the same
-        as one that never stopped. Raises `FloatingPointError` before anything changes.
+        as one that never stopped. Returns the row of the history, but for what `apply` finds.
+        Raises `FloatingPointError` when loss or gradients are not finite.
         """
         started, settings = time.perf_counter(), self.settings
         generator = torch.Generator().manual_seed(_mix(settings.seed, 1, iteration))
@@ -145,26 +173,53 @@ class _Learner:
         rows = self._rows(iteration)
         losses = [self._backward(batch, generator) for batch in rows]
         progress = (iteration + 1) / settings.iterations
-        sparsity = expected_sparsity(self.gates, self.total)
-        regulariser = self.objective.regulariser(sparsity, progress)
+        removed = expected_sparsity(self.gates, self.total)
+        regulariser = self.objective.regulariser(removed, progress)
         # Its graph is the logits' own, so this pass is free and needs nothing retained.
         if regulariser.requires_grad:
             regulariser.backward()
         if not all(logits.grad.isfinite().all() for logits in self.gates.logits.values()):
             prompts = [self.calibration.prompts[i] for batch in rows for i in batch]
             raise FloatingPointError(f"gradients are not finite on prompts {prompts}")
-        self.optimiser.step()
-        self.objective.ascend(sparsity.item(), progress)
         mean = sum(losses) / len(losses)
         return {
             "iteration": iteration,
             "loss": mean + regulariser.item(),
             "distortion": mean,
-            "expected_sparsity": sparsity.item(),
+            "expected_sparsity": sum(share.item() for share in removed.values()),
             "target_sparsity": self.objective.target(progress),
             "regulariser": regulariser.item(),
             "seconds": time.perf_counter() - started,
         }
+
+    def apply(self, row: dict[str, float]) -> dict[str, float]:
+        """Update logits and multipliers by what `differentiate` found; the whole row."""
+        before, iteration = self._to_remove(), row["iteration"]
+        rising = (iteration + 1) / max(1, self.settings.lr_warmup)
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.lr[group["kind"]] * min(1.0, rising)
+        self.optimiser.step()
+        progress = (iteration + 1) / self.settings.iterations
+        self.objective.ascend(row["expected_sparsity"], progress)
+        new = self._to_remove() & ~before
+        return {**row, "changed": new.sum().item() / max(1, before.sum().item())}
+
+    def is_settled(self, history: list[dict[str, float]]) -> bool:
+        """Whether the ranking has stopped changing, at the full target, and may be stopped."""
+        patience, last = self.settings.patience, len(history) / self.settings.iterations
+        if patience is None or len(history) < patience:
+            return False
+        if self.objective.target(last) != self.objective.target(1.0):
+            return False
+        return sum(row["changed"] for row in history[-patience:]) <= SETTLED
+
+    def _to_remove(self) -> Tensor:
+        """The units that would go now: bool (all units,), on the CPU."""
+        settings = self.settings
+        logits = {name: value.detach() for name, value in self.gates.logits.items()}
+        limits = (settings.scope, settings.min_units, settings.align)
+        kept = select(self.gates.structures, logits, self.sparsity, self.total, *limits)
+        return ~torch.cat([*kept.values()])
 
     def _backward(self, rows: list[int], generator: torch.Generator) -> float:
         """Add the gradient of one batch's share of the mean distortion; returns its distortion."""
@@ -172,23 +227,42 @@ class _Learner:
         embeds, noise, dense = self.calibration.batch(rows)
         embeds = {key: value.to(device) for key, value in embeds.items()}
         self.gates.draw(len(rows), generator)
-        # The backward pass is inside too: it runs each step again.
-        with self.gates.attached(self.denoiser):
-            z0 = rollout(
-                self.pipe,
-                embeds,
-                noise.to(device),
-                self.calibration.call,
-                checkpoint=self.settings.checkpoint,
-                keep_steps=self.settings.keep_steps,
-            )
-            loss = distortion(z0, dense.to(device), self.variance)
-            value = loss.item()
-            if not torch.isfinite(loss):
-                prompts = [self.calibration.prompts[i] for i in rows]
-                raise FloatingPointError(f"the loss is {value} on prompts {prompts}")
-            (loss / self.settings.accumulate).backward()
+        value = 0.0
+        # The backward pass lies inside of what the generator holds: it runs each step again.
+        with closing(self._distortions(embeds, noise.to(device), dense.to(device))) as losses:
+            for loss in losses:
+                value += loss.item()
+                if not torch.isfinite(loss):
+                    prompts = [self.calibration.prompts[i] for i in rows]
+                    raise FloatingPointError(f"the loss is {loss.item()} on prompts {prompts}")
+                (loss / self.settings.accumulate).backward()
         return value
+
+    def _distortions(
+        self, embeds: dict[str, Tensor], noise: Tensor, dense: Tensor
+    ) -> Iterator[Tensor]:
+        """What a batch's distortion is the sum of, each part with a graph of its own."""
+        call, settings = self.calibration.call, self.settings
+        if settings.loss == "end-to-end":
+            with self.gates.attached(self.denoiser):
+                keep = self._keep_steps(embeds, noise)
+                z0 = rollout(self.pipe, embeds, noise, call, settings.checkpoint, keep)
+                yield distortion(z0, dense, self.variance)
+            return
+        steps = dense_steps(self.pipe, embeds, noise, call)
+        with self.gates.attached(self.denoiser):
+            for step in steps:
+                found = step.again(self.denoiser)
+                yield distortion(found, step.prediction, step.prediction.var()) / len(steps)
+
+    def _keep_steps(self, embeds: dict[str, Tensor], noise: Tensor) -> int:
+        """The number of steps whose activations are kept; `auto` is decided once, and said."""
+        if self.keep_steps is None:
+            self.keep_steps = affordable_steps(
+                self.pipe, embeds, noise, self.calibration.call, self.settings.memory_mb
+            )
+            log.info("mask: activations of %s steps are kept", self.keep_steps)
+        return self.keep_steps
 
     def _rows(self, iteration: int) -> list[list[int]]:
         """The prompts of an update, in batches: all are seen once before any is seen again."""
@@ -203,12 +277,25 @@ class _Learner:
         return [rows[start : start + batch] for start in range(0, per_update, batch)]
 
 
-def _objective(settings: MaskSettings, sparsity: float, maskable: float) -> Objective:
+def _objective(
+    settings: MaskSettings, sparsity: float, structures: list[Structure], total: int
+) -> Objective:
+    maskable = {
+        kind: maskable_share([s for s in structures if s.kind == kind], total)
+        for kind in {s.kind: None for s in structures}
+    }
     if settings.objective == "penalty":
-        return Penalty(settings.beta, maskable)
-    if not 0 <= sparsity <= maskable:
-        raise UserError(f"sparsity: {sparsity} is not possible; the range is 0 to {maskable:.4f}")
+        return Penalty(settings.beta, maskable, settings.weights.model_dump())
+    possible = sum(maskable.values())
+    if not 0 <= sparsity <= possible:
+        raise UserError(f"sparsity: {sparsity} is not possible; the range is 0 to {possible:.4f}")
     return Budget(sparsity, settings.warmup, settings.multiplier_lr)
+
+
+def _columns() -> list[ProgressColumn]:
+    """What a terminal shows: progress, loss and sparsity, and the time that is left."""
+    state = TextColumn("{task.fields[state]}")
+    return [BarColumn(), MofNCompleteColumn(), state, TimeRemainingColumn()]
 
 
 def _mix(seed: int, purpose: int, index: int) -> int:

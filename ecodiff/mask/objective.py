@@ -6,6 +6,7 @@ A pull is a fixed price of a parameter (`Penalty`) or a target with multipliers 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,25 +27,26 @@ def distortion(z0: Tensor, dense: Tensor, variance: Tensor | float) -> Tensor:
     return (z0.float() - dense.float()).square().mean() / variance
 
 
-def expected_sparsity(gates: Gates, total_parameters: int) -> Tensor:
-    """The gates' exact expected sparsity, with a gradient that a noise floor cannot switch off.
+def expected_sparsity(gates: Gates, total_parameters: int) -> dict[str, Tensor]:
+    """What gates expect to remove of each kind; a noise floor can't switch off its gradient.
 
     With a floor, gates far from zero are open (or closed) for certain: the exact probability is
     flat there, and where learning starts it is flat for all, so no objective could ever begin.
     The value stays exact; the gradient is that of the probability before it is clipped.
+
+    Returns kind -> share of `total_parameters`, fp32 scalars; their sum is the expected sparsity.
     """
     exact = gates.expected_sparsity(total_parameters)
     if gates.floor == 0:
         return exact
     low, high = STRETCH
     threshold = TEMPERATURE * math.log(-low / high)
-    unclipped = [
-        torch.sigmoid(threshold - gates.logits[s.name]).sum()
-        * ((1 + 2 * gates.floor) * s.unit_parameters / total_parameters)
-        for s in gates.structures
-    ]
-    slope = torch.stack(unclipped).sum()
-    return exact.detach() + slope - slope.detach()
+    slopes: dict[str, Tensor] = {}
+    for s in gates.structures:
+        unclipped = torch.sigmoid(threshold - gates.logits[s.name]).sum()
+        share = unclipped * ((1 + 2 * gates.floor) * s.unit_parameters / total_parameters)
+        slopes[s.kind] = slopes.get(s.kind, 0) + share
+    return {kind: exact[kind].detach() + s - s.detach() for kind, s in slopes.items()}
 
 
 class Objective(Protocol):
@@ -53,8 +55,8 @@ class Objective(Protocol):
     def target(self, progress: float) -> float:
         """The sparsity asked for at `progress` in 0..1 of the iterations; NaN if none is."""
 
-    def regulariser(self, sparsity: Tensor, progress: float) -> Tensor:
-        """The term that is added to the distortion; scalar."""
+    def regulariser(self, removed: Mapping[str, Tensor], progress: float) -> Tensor:
+        """The term that is added to the distortion, from each kind's expected share; scalar."""
 
     def ascend(self, sparsity: float, progress: float) -> None:
         """Update whatever the objective itself learns."""
@@ -62,18 +64,26 @@ class Objective(Protocol):
 
 @dataclass
 class Penalty:
-    """beta * the expected share of all parameters that maskable units keep (EcoDiff, "penalty")."""
+    """beta * the expected share of all parameters that maskable units keep (EcoDiff, "penalty").
+
+    Attributes:
+        beta: weight of the whole.
+        maskable: kind -> share of all parameters that could go.
+        weights: kind -> what its parameters weigh.
+    """
 
     beta: float
-    maskable: float
+    maskable: Mapping[str, float]
+    weights: Mapping[str, float]
 
     def target(self, progress: float) -> float:
         """No sparsity is asked for."""
         return math.nan
 
-    def regulariser(self, sparsity: Tensor, progress: float) -> Tensor:
-        """beta * sum of w * P(gate > 0), w a unit's share of the parameters."""
-        return self.beta * (self.maskable - sparsity)
+    def regulariser(self, removed: Mapping[str, Tensor], progress: float) -> Tensor:
+        """beta * sum of w * P(gate > 0), w a unit's share of the parameters times its weight."""
+        kept = [self.weights[k] * (self.maskable[k] - share) for k, share in removed.items()]
+        return self.beta * torch.stack(kept).sum()
 
     def ascend(self, sparsity: float, progress: float) -> None:
         """Nothing is learned."""
@@ -97,9 +107,9 @@ class Budget:
         """The target s*, which rises linearly over the share `warmup` of the iterations."""
         return self.sparsity * min(1.0, progress / self.warmup if self.warmup else 1.0)
 
-    def regulariser(self, sparsity: Tensor, progress: float) -> Tensor:
+    def regulariser(self, removed: Mapping[str, Tensor], progress: float) -> Tensor:
         """The Lagrangian terms; positive multipliers pull s up to s*."""
-        gap = self.target(progress) - sparsity
+        gap = self.target(progress) - torch.stack([*removed.values()]).sum()
         return self.linear * gap + self.quadratic * gap.square()
 
     def ascend(self, sparsity: float, progress: float) -> None:
