@@ -11,8 +11,9 @@ export UV_LINK_MODE ?= copy
 demo: install
 	$(BIN)/snakemake --cores $(CORES)
 
+# A thread a worker: threads of several workers would wait for each other on the same cores.
 test: install
-	$(BIN)/python -m pytest -q -m "slow or not slow" -n $(CORES) --dist loadfile --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "slow or not slow" -n $(CORES) --dist loadfile --durations=15
 
 lint: install
 	$(BIN)/ruff check .

@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as recompute_later
+from torch.utils.checkpoint import checkpoint as run_again_in_backward
 
 from ecodiff.families import runs_per_step
 from ecodiff.pipelines import Call, call_arguments, denoiser_of, quiet
+
+# Denoisers are in eval mode and draw no random numbers, so no RNG state is worth keeping.
+recompute = partial(run_again_in_backward, use_reentrant=False, preserve_rng_state=False)
 
 
 def rollout(
@@ -43,10 +47,7 @@ def rollout(
         called += 1
         if called > runs * (len(pipe.scheduler.timesteps) - keep_steps):
             return forward(*args, **kwargs)
-        # Denoisers are in eval mode and draw no random numbers, so no RNG state is worth keeping.
-        return recompute_later(
-            forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
-        )
+        return recompute(forward, *args, **kwargs)
 
     # Only the denoiser is wrapped: the scheduler's scaling and step counter stay outside, so a
     # recomputed step sees the very latent that was stored.
@@ -69,8 +70,11 @@ class DenseStep:
     prediction: Tensor
 
     def again(self, denoiser: nn.Module) -> Tensor:
-        """The prediction of a denoiser, such as a gated one, on the same input."""
-        return _prediction(denoiser(*self.args, **self.kwargs))
+        """The prediction of a denoiser, such as a gated one, on the same input.
+
+        Its activations are computed again in the backward pass.
+        """
+        return _prediction(recompute(denoiser, *self.args, **self.kwargs))
 
 
 @torch.no_grad()

@@ -266,7 +266,7 @@ def test_the_per_step_loss_compares_predictions_on_the_dense_models_own_latents(
         ]
     assert len(errors) == CALL["flux"]["num_inference_steps"]
     assert row["distortion"] == pytest.approx(sum(errors).item() / len(errors), rel=1e-5)
-    assert all(logits.grad.abs().sum() > 0 for logits in made.gates.logits.values())
+    assert any(logits.grad.abs().sum() > 0 for logits in made.gates.logits.values())
 
 
 @pytest.mark.parametrize(("budget", "kept"), [(1, 0), (100_000, 2)])

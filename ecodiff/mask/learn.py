@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from ecodiff.activations import affordable_steps
 from ecodiff.artifacts import code_hash
@@ -33,7 +31,7 @@ from ecodiff.gates import Gates
 from ecodiff.mask.objective import Budget, Objective, Penalty, distortion, expected_sparsity
 from ecodiff.mask.select import select
 from ecodiff.pipelines import denoiser_of
-from ecodiff.rollout import dense_steps, frozen, rollout
+from ecodiff.rollout import DenseStep, dense_steps, frozen, rollout
 from ecodiff.settings import MaskSettings
 from ecodiff.state import State, Termination
 from ecodiff.structures import Structure, count_parameters, discover, maskable_share
@@ -227,33 +225,29 @@ class _Learner:
         embeds, noise, dense = self.calibration.batch(rows)
         embeds = {key: value.to(device) for key, value in embeds.items()}
         self.gates.draw(len(rows), generator)
-        value = 0.0
-        # The backward pass lies inside of what the generator holds: it runs each step again.
-        with closing(self._distortions(embeds, noise.to(device), dense.to(device))) as losses:
-            for loss in losses:
-                value += loss.item()
-                if not torch.isfinite(loss):
-                    prompts = [self.calibration.prompts[i] for i in rows]
-                    raise FloatingPointError(f"the loss is {loss.item()} on prompts {prompts}")
-                (loss / self.settings.accumulate).backward()
+        noise, dense = noise.to(device), dense.to(device)
+        steps: list[DenseStep] = []
+        if self.settings.loss == "per-step":
+            steps = dense_steps(self.pipe, embeds, noise, self.calibration.call)
+        # The backward pass is inside too: it runs each step again.
+        with self.gates.attached(self.denoiser):
+            if steps:
+                loss = _per_step(self.denoiser, steps)
+            else:
+                loss = self._end_to_end(embeds, noise, dense)
+            value = loss.item()
+            if not torch.isfinite(loss):
+                prompts = [self.calibration.prompts[i] for i in rows]
+                raise FloatingPointError(f"the loss is {value} on prompts {prompts}")
+            (loss / self.settings.accumulate).backward()
         return value
 
-    def _distortions(
-        self, embeds: dict[str, Tensor], noise: Tensor, dense: Tensor
-    ) -> Iterator[Tensor]:
-        """What a batch's distortion is the sum of, each part with a graph of its own."""
-        call, settings = self.calibration.call, self.settings
-        if settings.loss == "end-to-end":
-            with self.gates.attached(self.denoiser):
-                keep = self._keep_steps(embeds, noise)
-                z0 = rollout(self.pipe, embeds, noise, call, settings.checkpoint, keep)
-                yield distortion(z0, dense, self.variance)
-            return
-        steps = dense_steps(self.pipe, embeds, noise, call)
-        with self.gates.attached(self.denoiser):
-            for step in steps:
-                found = step.again(self.denoiser)
-                yield distortion(found, step.prediction, step.prediction.var()) / len(steps)
+    def _end_to_end(self, embeds: dict[str, Tensor], noise: Tensor, dense: Tensor) -> Tensor:
+        """The distance of the final latents (EcoDiff, "end-to-end objective")."""
+        call, checkpoint = self.calibration.call, self.settings.checkpoint
+        keep = self._keep_steps(embeds, noise)
+        z0 = rollout(self.pipe, embeds, noise, call, checkpoint, keep)
+        return distortion(z0, dense, self.variance)
 
     def _keep_steps(self, embeds: dict[str, Tensor], noise: Tensor) -> int:
         """The number of steps whose activations are kept; `auto` is decided once, and said."""
@@ -275,6 +269,14 @@ class _Learner:
             orders[epoch] = torch.randperm(count, generator=generator).tolist()
         rows = [orders[place // count][place % count] for place in places]
         return [rows[start : start + batch] for start in range(0, per_update, batch)]
+
+
+def _per_step(denoiser: nn.Module, steps: list[DenseStep]) -> Tensor:
+    """The mean distance of a gated denoiser's predictions (EcoDiff, ablation "per-step loss")."""
+    errors = [
+        distortion(step.again(denoiser), step.prediction, step.prediction.var()) for step in steps
+    ]
+    return torch.stack(errors).mean()
 
 
 def _objective(
