@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 UV_VERSION := 0.13.8
 export UV_LINK_MODE ?= copy
 
-.PHONY: demo test lint lock schema install clean
+.PHONY: demo test bench lint lock schema install clean
 
 demo: install
 	$(BIN)/snakemake --cores $(CORES)
@@ -14,6 +14,9 @@ demo: install
 # A thread a worker: threads of several workers would wait for each other on the same cores.
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "slow or not slow" -n $(CORES) --dist loadfile --durations=15
+
+bench: install
+	$(BIN)/python benchmarks/learning.py
 
 lint: install
 	$(BIN)/ruff check .

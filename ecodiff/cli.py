@@ -284,11 +284,14 @@ def mask_cost(
 ) -> None:
     """Measure time and memory of a learning iteration against the number of steps."""
     from ecodiff.evaluate.mask_cost import mask_cost as measure
+    from ecodiff.pipelines import encode, starting_noise
 
     chosen, arguments = read_settings(sections.MaskCostSettings, settings), _call(call)
     rows = read_prompts(table).iloc[: chosen.batch]
     pipe = _load(model, load)
-    found = measure(pipe, [*rows["prompt"]], [*rows["seed"]], arguments, chosen)
+    embeds = encode(pipe, [*rows["prompt"]], arguments)
+    noise = starting_noise(pipe, [*rows["seed"]], arguments)
+    found = measure(pipe, embeds, noise, arguments, chosen)
     with atomic(out) as file:
         found.to_csv(file, index=False)
     write_manifest(out, "evaluate.mask_cost", {"model": model, **chosen.model_dump()})

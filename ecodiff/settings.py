@@ -148,7 +148,7 @@ class MaskSettings(Settings):
     """Batches whose mean gradient makes one update."""
     warmup: Annotated[float, Field(ge=0, le=1)] = 0.3
     """budget: share of the iterations over which the target rises to the full sparsity."""
-    multiplier_lr: PositiveFloat = 1.0
+    multiplier_lr: PositiveFloat = 0.01
     """budget: learning rate of the multipliers' ascent."""
     checkpoint: bool = True
     """Recompute each denoising step in the backward pass instead of keeping its activations."""
@@ -249,7 +249,11 @@ class MaskCostSettings(Settings):
 
     steps: tuple[PositiveInt, ...] = (2, 4, 8)
     """Numbers of denoising steps."""
+    kept: tuple[Annotated[float, Field(ge=0, le=1)], ...] = (0.0, 1.0)
+    """Shares of the steps whose activations are kept; 0: all steps are recomputed."""
     batch: PositiveInt = 4
+    repeats: PositiveInt = 3
+    """Rounds whose median is reported."""
 
 
 class EvaluateSettings(Settings):

@@ -153,11 +153,13 @@ def _mask_cost() -> pd.DataFrame:
     rows = [
         (
             steps,
-            checkpoint,
-            steps * (0.5 if checkpoint else 0.38),
-            60 + (2 if checkpoint else 90) * steps,
+            kept,
+            steps * (0.5 - 0.12 * kept),
+            steps * (3 - kept) / 6,
+            60 + (2 + 88 * kept) * steps,
         )
         for steps in (2, 4, 8, 16)
-        for checkpoint in (True, False)
+        for kept in (0.0, 0.5, 1.0)
     ]
-    return pd.DataFrame(rows, columns=["steps", "checkpoint", "seconds", "peak_memory_mb"])
+    columns = ["steps", "kept", "seconds", "floor_seconds", "peak_memory_mb"]
+    return pd.DataFrame(rows, columns=columns)

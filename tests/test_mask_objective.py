@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from ecodiff.gates import Gates, sample_gate
+from ecodiff.mask.learn import optimiser_of
 from ecodiff.mask.objective import Budget, Penalty, distortion, expected_sparsity
+from ecodiff.settings import MaskSettings
 from ecodiff.structures import Structure
 
 HEADS = Structure("a.heads", "heads", 2, 4, (), (), unit_parameters=10)
@@ -83,25 +85,27 @@ def test_multipliers_ascend_by_their_own_gradient():
     assert budget.linear == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("sparsity", [0.2, 0.4])
-def test_a_hundred_updates_hold_the_budget_and_remove_what_matters_least(sparsity):
+@pytest.mark.parametrize("sparsity", [0.1, 0.2, 0.4])
+@pytest.mark.parametrize(("iterations", "lr"), [(50, 0.2), (100, 0.1), (400, 0.1)])
+def test_the_budget_lands_by_itself_and_removes_what_matters_least(sparsity, iterations, lr):
     """Units of known importance stand in for a model: their distortion is known in closed form."""
     generator = torch.Generator().manual_seed(0)
     importance = torch.exp(2 * torch.randn(600, generator=generator))
     structure = Structure("a.neurons", "neurons", 600, 1, (), (), unit_parameters=1)
-    gates = Gates([structure], 3.0, 0.1)
+    settings = MaskSettings(iterations=iterations)
+    gates = Gates([structure], settings.first_logit, settings.noise_floor)
     logits = gates.logits["a.neurons"]
-    optimiser = torch.optim.AdamW([logits], lr=0.1, weight_decay=0.0)
-    budget = Budget(sparsity, warmup=0.3, lr=0.1)
-    for i in range(100):
+    optimiser = optimiser_of([{"params": [logits], "lr": lr}])
+    budget = Budget(sparsity, settings.warmup, settings.multiplier_lr)
+    for i in range(iterations):
         optimiser.zero_grad()
-        gate = sample_gate(logits, torch.rand(4, 600, generator=generator), 0.1)
+        gate = sample_gate(logits, torch.rand(4, 600, generator=generator), gates.floor)
         loss = (importance * (1 - gate).square()).sum(1).mean() / importance.sum()
         expected = expected_sparsity(gates, 660)
-        (loss + budget.regulariser(expected, (i + 1) / 100)).backward()
+        (loss + budget.regulariser(expected, (i + 1) / iterations)).backward()
         optimiser.step()
-        budget.ascend(expected["neurons"].item(), (i + 1) / 100)
-    assert expected["neurons"].item() == pytest.approx(sparsity, abs=0.15)
+        budget.ascend(expected["neurons"].item(), (i + 1) / iterations)
+    assert expected["neurons"].item() == pytest.approx(sparsity, abs=0.005)
     count = int(sparsity * 660)
     removed = importance[logits.detach().argsort()[:count]].sum()
-    assert removed < 3 * importance.sort().values[:count].sum()
+    assert removed < 1.1 * importance.sort().values[:count].sum()

@@ -143,8 +143,7 @@ class _Learner:
             for kind in self.lr
             if kind in kinds.values()
         ]
-        # Weight decay would pull logits down with no gradient at all.
-        self.optimiser = torch.optim.AdamW(groups, weight_decay=0.0)
+        self.optimiser = optimiser_of(groups)
         self.objective = _objective(settings, sparsity, structures, self.total)
         self.variance = calibration.z0.float().var().item()
 
@@ -269,6 +268,15 @@ class _Learner:
             orders[epoch] = torch.randperm(count, generator=generator).tolist()
         rows = [orders[place // count][place % count] for place in places]
         return [rows[start : start + batch] for start in range(0, per_update, batch)]
+
+
+def optimiser_of(groups: list[dict[str, Any]]) -> torch.optim.AdamW:
+    """AdamW for logits, from groups of parameters as torch takes them.
+
+    Without weight decay, which would pull logits down with no gradient at all; with a short
+    momentum, for a long one carries them far past the budget when the price has turned.
+    """
+    return torch.optim.AdamW(groups, betas=(0.5, 0.999), weight_decay=0.0)
 
 
 def _per_step(denoiser: nn.Module, steps: list[DenseStep]) -> Tensor:

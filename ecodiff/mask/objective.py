@@ -93,15 +93,15 @@ class Penalty:
 class Budget:
     """l1 (s* - s) + l2 (s* - s)^2 with s* rising over the first iterations, l1 and l2 by ascent.
 
-    l2 starts above zero: all logits start equal and would cross over together, far past the target,
-    if only what l1 has summed up could pull them back.
+    l2 starts high: all logits start equal and would cross over together, far past the target, if
+    only what l1 has summed up could pull them back.
     """
 
     sparsity: float
     warmup: float
     lr: float
     linear: float = 0.0
-    quadratic: float = 3.0
+    quadratic: float = 30.0
 
     def target(self, progress: float) -> float:
         """The target s*, which rises linearly over the share `warmup` of the iterations."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib
@@ -146,17 +147,20 @@ def learning(results: Results, model: str) -> Figure:
 
 
 def mask_cost(results: Results, model: str) -> Figure:
-    """Time and memory of a mask-learning iteration, with and without time-step checkpointing."""
+    """Time and memory of a mask-learning iteration, as more steps keep their activations."""
     table = results.mask_cost(model)
     figure, axes = plt.subplots(1, 2, figsize=(10, 4))
-    looks = {
-        True: ("with checkpointing", {"color": "#0072B2", "marker": "o"}),
-        False: ("without", {"color": "#D55E00", "marker": "s", "linestyle": "--"}),
-    }
-    for checkpoint, rows in table.groupby("checkpoint"):
-        name, look = looks[bool(checkpoint)]
+    looks = [
+        {"color": "#0072B2", "marker": "o"},
+        {"color": "#009E73", "marker": "^"},
+        {"color": "#D55E00", "marker": "s"},
+    ]
+    groups = table.groupby(table["kept"].map(_kept))
+    for (name, rows), look in zip(groups, cycle(looks), strict=False):
         axes[0].plot(rows["steps"], rows["seconds"], label=name, **look)
+        axes[0].plot(rows["steps"], rows["floor_seconds"], color=look["color"], linestyle=":")
         axes[1].plot(rows["steps"], rows["peak_memory_mb"], label=name, **look)
+    axes[0].plot([], [], color="grey", linestyle=":", label="floor, by forward passes")
     axes[0].set(title="Time", ylabel="Seconds an iteration")
     axes[1].set(title="Memory", ylabel="Peak memory (MB)")
     for axis in axes:
@@ -191,6 +195,13 @@ def draw(name: str, results: Results, model: str, folder: Path) -> None:
         with atomic(folder / f"{name}-{model}.{suffix}") as path:
             figure.savefig(path)
     plt.close(figure)
+
+
+def _kept(share: float) -> str:
+    """What a share of kept steps is called; names sort as the shares do."""
+    if share == 0:
+        return "all steps recomputed"
+    return "all steps kept" if share == 1 else f"about {share:.0%} kept"
 
 
 def _lines(variants: Iterable[Variant]) -> list[list[Variant]]:

@@ -1,0 +1,172 @@
+"""What an iteration of mask learning costs at the size of SDXL and FLUX.1, with random weights.
+
+`python benchmarks/real_size.py` on a GPU; `--small` checks the script itself on any machine.
+Utilisation counts the floating-point operations of the denoiser's forward pass, once for the pass,
+once for its gradient and once for what is recomputed, against the rate of large matrix products
+that is measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pandas as pd
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline
+from torch.utils.flop_counter import FlopCounterMode
+
+from ecodiff.config import MaskCostSettings
+from ecodiff.evaluate.mask_cost import mask_cost
+from ecodiff.pipelines import Call, call_arguments, denoiser_of, starting_noise
+from ecodiff.structures import count_parameters
+
+CONFIGS = Path(__file__).parents[1] / "tests/configs"
+PROMPTS = 400  # 100 calibration prompts, four epochs
+# Numbers of steps, and the shares of them whose activations are kept.
+PLANS = {
+    "sdxl": [((50,), (0.0,)), ((4,), (0.0, 1.0))],
+    "flux": [((4, 28), (0.0,)), ((1,), (1.0,))],
+}
+SMALL = {
+    "sdxl": {
+        "block_out_channels": [32, 64, 64],
+        "attention_head_dim": [2, 4, 4],
+        "transformer_layers_per_block": [1, 1, 1],
+    },
+    "flux": {
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "axes_dims_rope": [4, 6, 6],
+    },
+}
+
+
+def built(name: str, device: str, small: bool) -> DiffusionPipeline:
+    """A pipeline of a real model's architecture, without text encoders, weights at random."""
+    facts = json.loads((CONFIGS / f"{name}.json").read_text())
+    config = facts["config"] | (SMALL[name] if small else {})
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        norm_num_groups=8,
+        latent_channels=4 if name == "sdxl" else 16,
+    )
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device):
+            denoiser = getattr(diffusers, facts["class"])(**config).eval()
+    finally:
+        torch.set_default_dtype(before)
+    texts = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    if name == "sdxl":
+        scheduler = diffusers.EulerDiscreteScheduler(
+            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012
+        )
+        return diffusers.StableDiffusionXLPipeline(
+            vae=vae, unet=denoiser, scheduler=scheduler, add_watermarker=False, **texts
+        )
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=False)
+    return diffusers.FluxPipeline(vae=vae, transformer=denoiser, scheduler=scheduler, **texts)
+
+
+def texts_of(pipe: DiffusionPipeline) -> dict[str, torch.Tensor]:
+    """Random embeddings of one prompt; of its negative too where there is guidance."""
+    denoiser = denoiser_of(pipe)
+    config, like = denoiser.config, {"device": denoiser.device, "dtype": denoiser.dtype}
+    if "joint_attention_dim" in config:
+        return {
+            "prompt_embeds": torch.randn(1, 512, config.joint_attention_dim, **like),
+            "pooled_prompt_embeds": torch.randn(1, config.pooled_projection_dim, **like),
+        }
+    pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    return {
+        f"{branch}{key}": torch.randn(1, *shape, **like)
+        for branch in ("", "negative_")
+        for key, shape in (
+            ("prompt_embeds", (77, config.cross_attention_dim)),
+            ("pooled_prompt_embeds", (pooled,)),
+        )
+    }
+
+
+def ceiling(device: str, side: int) -> float:
+    """Operations a second of large bf16 matrix products: the median of ten."""
+    left, right = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+    seconds = []
+    for _ in range(12):
+        start = time.perf_counter()
+        left @ right
+        if left.is_cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return 2 * side**3 / float(np.median(seconds[2:]))
+
+
+def operations(pipe: DiffusionPipeline, embeds: dict, noise: torch.Tensor, call: Call) -> int:
+    """Floating-point operations of one denoising step."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        arguments = call_arguments(pipe, embeds, noise, {**call, "num_inference_steps": 1})
+        pipe(**arguments)
+    return counter.get_total_flops()
+
+
+def measured(name: str, side: int, device: str, repeats: int, small: bool) -> pd.DataFrame:
+    """The rows of one model."""
+    pipe = built(name, device, small)
+    call: dict[str, Any] = {"height": side, "width": side}
+    call["guidance_scale"] = 5.0 if name == "sdxl" else 3.5
+    embeds, noise = texts_of(pipe), starting_noise(pipe, [0], call)
+    rate = ceiling(device, 512 if small else 8192)
+    work = operations(pipe, embeds, noise, call)
+    tables = []
+    for steps, kept in PLANS[name]:
+        settings = MaskCostSettings(steps=steps, kept=kept, batch=1, repeats=repeats)
+        tables.append(mask_cost(pipe, embeds, noise, call, settings))
+    table = pd.concat(tables)
+    total = (3 - table["kept"]) * table["steps"] * work
+    return pd.DataFrame(
+        {
+            "model": f"{name} ({count_parameters(denoiser_of(pipe)) / 1e9:.2f}B)",
+            "steps": table["steps"],
+            "kept": table["kept"],
+            "seconds": table["seconds"].round(2),
+            "x floor": (table["seconds"] / table["floor_seconds"]).round(3),
+            "peak GB": (table["peak_memory_mb"] / 1e3).round(2),
+            "TFLOP/s": (total / table["seconds"] / 1e12).round(1),
+            "of ceiling": (total / table["seconds"] / rate).round(3),
+            f"hours for {PROMPTS} prompts": (table["seconds"] * PROMPTS / 3600).round(2),
+        }
+    )
+
+
+def main() -> None:
+    """Measure and print one table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", default=[*PLANS], choices=[*PLANS])
+    parser.add_argument("--side", type=int, default=1024, help="pixels")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--small", action="store_true", help="tiny models, to check the script")
+    asked = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    hardware = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    tables = [
+        measured(name, asked.side, device, asked.repeats, asked.small) for name in asked.models
+    ]
+    print(f"{date.today()}, {hardware}, torch {torch.__version__}, bf16, {asked.side} px")
+    print(pd.concat(tables).to_markdown(index=False))
+
+
+if __name__ == "__main__":
+    main()
