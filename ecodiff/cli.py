@@ -131,6 +131,7 @@ def mask(
     """Score the units of a model and select those that stay."""
     from ecodiff import mask as stage
     from ecodiff.calibrate import Calibration
+    from ecodiff.workers import Workers
 
     chosen = read_settings(sections.MaskSettings, settings)
     record = Calibration.load(calibration) if calibration else None
@@ -145,6 +146,8 @@ def mask(
         settings=chosen,
         scratch=scratch,
     )
+    if not Workers(pipe.device).is_first:
+        return
     found.save(out)
     if history:
         with atomic(history) as file:

@@ -94,18 +94,21 @@ class Gates(nn.Module):
         """Structure name -> fp32 parameter (units,)."""
         return {s.name: self.get_parameter(s.name.replace(".", "/")) for s in self.structures}
 
-    def draw(self, batch: int, generator: torch.Generator | None = None) -> None:
+    def draw(
+        self, batch: int, generator: torch.Generator | None = None, own: slice = slice(None)
+    ) -> None:
         """Sample one gate a unit and prompt, held until the next call.
 
         Args:
             batch: number of prompts n; values are (n, units).
             generator: source of the noise; with a CPU generator the sample is the same on every
                 device.
+            own: the prompts of this process; what others draw is drawn here too and left.
         """
         device = generator.device if generator is not None else torch.device("cpu")
         values = {}
         for name, logits in self.logits.items():
-            u = torch.rand(batch, len(logits), generator=generator, device=device)
+            u = torch.rand(batch, len(logits), generator=generator, device=device)[own]
             values[name] = sample_gate(logits, u.to(logits.device), self.floor)
         self._hold(values)
 

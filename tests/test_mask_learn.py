@@ -2,11 +2,14 @@
 
 import json
 import logging
+import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from safetensors import safe_open
@@ -84,7 +87,7 @@ def test_the_weights_stay_as_they_are_and_get_no_gradients(flux):
 def test_accumulation_is_a_mean_of_the_same_prompts(flux, monkeypatch):
     """Fault 7: the first update after one sample, and sums in the place of means."""
     monkeypatch.setattr(  # the same gates for each prompt, however prompts are batched
-        learn.Gates, "draw", lambda gates, batch, _: gates.set_shared(), raising=True
+        learn.Gates, "draw", lambda gates, *_: gates.set_shared(), raising=True
     )
 
     def shared(gates):
@@ -209,6 +212,39 @@ def test_a_killed_job_goes_on_and_gives_the_same_mask_to_the_bit(
     resumed = torch.load(tmp_path / "scores.pt", weights_only=True)
     assert all(torch.equal(resumed[name], scores) for name, scores in whole.items())
     assert not (tmp_path / "state.safetensors").exists()
+
+
+SHARED = MaskSettings(iterations=3, batch=1, accumulate=2)
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_does_with_the_doubled_batch(flux, tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    script = (
+        "import sys, torch; sys.path.insert(0, sys.argv[1]);"
+        "from test_mask_learn import SHARED, recorded; from ecodiff.mask.learn import learn_mask;"
+        "scores, history = learn_mask(*recorded('flux'), SHARED, 0.1, sys.argv[2] + '/state');"
+        "history.to_csv(sys.argv[3] + '.csv'); torch.save(scores, sys.argv[3])"
+    )
+    jobs = []
+    for rank in range(2):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
+        environment = {**os.environ, **{key: str(value) for key, value in place.items()}}
+        environment |= {"MASTER_ADDR": "localhost", "ACCELERATE_USE_CPU": "true"}
+        command = [sys.executable, "-c", script, Path(__file__).parent, tmp_path]
+        jobs.append(subprocess.Popen([*command, tmp_path / f"{rank}.pt"], env=environment))
+    assert [job.wait() for job in jobs] == [0, 0]
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    doubled = SHARED.model_copy(update={"batch": 2})
+    alone, history = learn_mask(*flux, doubled, 0.1)
+    for name, scores in alone.items():
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], scores, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(first[name], torch.full_like(scores, 3.0))
+    shared = pd.read_csv(tmp_path / "0.pt.csv")
+    assert shared["distortion"].tolist() == pytest.approx(history["distortion"].tolist(), rel=1e-4)
 
 
 def test_two_runs_give_the_same_mask_to_the_bit(flux):

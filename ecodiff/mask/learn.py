@@ -35,6 +35,7 @@ from ecodiff.rollout import DenseStep, dense_steps, frozen, rollout
 from ecodiff.settings import MaskSettings
 from ecodiff.state import State, Termination
 from ecodiff.structures import Structure, count_parameters, discover, maskable_share
+from ecodiff.workers import Workers
 
 COLUMNS = (
     "iteration",
@@ -84,10 +85,17 @@ def learn_mask(
         "code": code_hash("mask.learn"),
         "settings": settings.model_dump(exclude=COST_ONLY),
         "sparsity": sparsity,
+        "processes": learner.workers.count,
         "calibration": [calibration.fingerprint, calibration.prompts, calibration.seeds],
     }
+    # All processes continue from the state, and one of them writes it.
     state = State(scratch, identity, learner.gates.logits, learner.optimiser)
     history = learner.restored(state)
+
+    def save() -> None:
+        if learner.workers.is_first:
+            state.write(learner.info(history))
+
     termination = Termination()
     console = Console(stderr=True)
     with (
@@ -102,18 +110,19 @@ def learn_mask(
                 with termination.put_off():
                     history.append(learner.apply(row))
                     if len(history) % settings.save_every == 0:
-                        state.write(learner.info(history))
+                        save()
             except FloatingPointError as error:
-                state.write(learner.info(history))
+                save()
                 raise UserError(f"mask: iteration {len(history)}: {error}") from error
             except Stopped:
-                state.write(learner.info(history))
+                save()
                 log.info("mask: stopped after %s iterations; run it again to go on", len(history))
                 raise
             line = _line(history[-1], settings.iterations)
             bar.update(task, advance=1, state=line)
             log.log(logging.INFO if bar.disable else logging.DEBUG, "%s", line)
-    state.discard()
+    if learner.workers.is_first:
+        state.discard()
     scores = {name: logits.detach().cpu().clone() for name, logits in learner.gates.logits.items()}
     return scores, pd.DataFrame(history, columns=list(COLUMNS))
 
@@ -130,6 +139,7 @@ class _Learner:
     ) -> None:
         self.pipe, self.calibration, self.settings = pipe, calibration, settings
         self.denoiser, self.sparsity = denoiser_of(pipe), sparsity
+        self.workers = Workers(self.denoiser.device)
         keep = settings.keep_steps
         self.keep_steps = None if keep == "auto" and settings.checkpoint else keep
         structures = discover(self.denoiser)
@@ -169,6 +179,7 @@ class _Learner:
         self.optimiser.zero_grad(set_to_none=True)
         rows = self._rows(iteration)
         losses = [self._backward(batch, generator) for batch in rows]
+        self.workers.average_gradients(self.gates.parameters())
         progress = (iteration + 1) / settings.iterations
         removed = expected_sparsity(self.gates, self.total)
         regulariser = self.objective.regulariser(removed, progress)
@@ -178,7 +189,7 @@ class _Learner:
         if not all(logits.grad.isfinite().all() for logits in self.gates.logits.values()):
             prompts = [self.calibration.prompts[i] for batch in rows for i in batch]
             raise FloatingPointError(f"gradients are not finite on prompts {prompts}")
-        mean = sum(losses) / len(losses)
+        mean = self.workers.mean(sum(losses) / len(losses))
         return {
             "iteration": iteration,
             "loss": mean + regulariser.item(),
@@ -221,9 +232,11 @@ class _Learner:
     def _backward(self, rows: list[int], generator: torch.Generator) -> float:
         """Add the gradient of one batch's share of the mean distortion; returns its distortion."""
         device = self.denoiser.device
+        own = self.workers.own(len(rows))
+        self.gates.draw(len(rows), generator, own)
+        rows = rows[own]
         embeds, noise, dense = self.calibration.batch(rows)
         embeds = {key: value.to(device) for key, value in embeds.items()}
-        self.gates.draw(len(rows), generator)
         noise, dense = noise.to(device), dense.to(device)
         steps: list[DenseStep] = []
         if self.settings.loss == "per-step":
@@ -258,8 +271,12 @@ class _Learner:
         return self.keep_steps
 
     def _rows(self, iteration: int) -> list[list[int]]:
-        """The prompts of an update, in batches: all are seen once before any is seen again."""
-        batch, count = self.settings.batch, len(self.calibration.prompts)
+        """The prompts of an update, in batches of all processes together.
+
+        All prompts are seen once before any is seen again.
+        """
+        batch = self.settings.batch * self.workers.count
+        count = len(self.calibration.prompts)
         per_update = batch * self.settings.accumulate
         places = range(iteration * per_update, (iteration + 1) * per_update)
         orders: dict[int, list[int]] = {}

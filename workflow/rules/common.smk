@@ -85,6 +85,13 @@ def resource(name):
     return lookup(dpath=f"models/{{model}}/resources/{name}", within=config)
 
 
+def launch(wildcards):
+    """What starts a job on several GPUs, a process on each; nothing for one."""
+    gpus = run.models[wildcards.model].resources.gpu
+    start = "accelerate launch --multi_gpu --num_machines 1 --mixed_precision no --dynamo_backend no"
+    return f"{start} --num_processes {gpus} --no_python " if gpus > 1 else ""
+
+
 def all_cores():
     """A measurement takes the whole machine; on a cluster, the profile asks for a whole node."""
     return workflow.cores or 1

@@ -21,9 +21,10 @@ rule mask:
         source=lookup(dpath="models/{model}/source", within=config),
         load=settings("models/{model}/load"),
         settings=settings("models/{model}/mask"),
+        launch=launch,
         code=code_hash("mask"),
     shell:
-        "ecodiff mask {params.source} {output.mask} --load {params.load:q}"
+        "{params.launch}ecodiff mask {params.source} {output.mask} --load {params.load:q}"
         " --method ecodiff --percent {wildcards.percent} --settings {params.settings:q}"
         " --calibration {input.calibration} --history {output.history} > {log} 2>&1"
 
