@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -18,6 +19,7 @@ from tiny import CALLS, tiny
 from ecodiff.calibrate import calibrate
 from ecodiff.errors import UserError
 from ecodiff.mask import learn
+from ecodiff.mask import learner as learner_module
 from ecodiff.mask.learn import COLUMNS, learn_mask
 from ecodiff.mask.objective import expected_sparsity
 from ecodiff.pipelines import denoiser_of
@@ -47,7 +49,7 @@ def sdxl():
 
 def learner(given, **settings):
     pipe, calibration = given
-    return learn._Learner(pipe, calibration, MaskSettings(**{**QUICK, **settings}), 0.1)
+    return learner_module.Learner(pipe, calibration, MaskSettings(**{**QUICK, **settings}), 0.1)
 
 
 def update(made, iteration=0):
@@ -87,7 +89,7 @@ def test_the_weights_stay_as_they_are_and_get_no_gradients(flux):
 def test_accumulation_is_a_mean_of_the_same_prompts(flux, monkeypatch):
     """Fault 7: the first update after one sample, and sums in the place of means."""
     monkeypatch.setattr(  # the same gates for each prompt, however prompts are batched
-        learn.Gates, "draw", lambda gates, *_: gates.set_shared(), raising=True
+        learner_module.Gates, "draw", lambda gates, *_: gates.set_shared(), raising=True
     )
 
     def shared(gates):
@@ -104,7 +106,7 @@ def test_accumulation_is_a_mean_of_the_same_prompts(flux, monkeypatch):
 
         return sample_gate(logits, u, 0.0)
 
-    monkeypatch.setattr(learn.Gates, "set_shared", shared, raising=False)
+    monkeypatch.setattr(learner_module.Gates, "set_shared", shared, raising=False)
     at_once = gradients(learner(flux, batch=4, accumulate=1))
     in_parts = gradients(learner(flux, batch=1, accumulate=4))
     assert at_once.norm() > 0
@@ -165,9 +167,10 @@ sys.path.insert(0, sys.argv[1])
 from test_mask_learn import LONG, recorded
 from ecodiff.cli import main
 from ecodiff.mask import learn
+from ecodiff.mask import learner as learner_module
 from ecodiff import cli
 
-apply = learn._Learner.apply
+apply = learner_module.Learner.apply
 
 def slowly(made, row):
     print(row["iteration"], flush=True)
@@ -178,7 +181,7 @@ def run():
     scores, _ = learn.learn_mask(*recorded("flux"), LONG, 0.1, sys.argv[2] + "/state.safetensors")
     torch.save(scores, sys.argv[2] + "/scores.pt")
 
-learn._Learner.apply = slowly
+Learner.apply = slowly
 cli.app = run
 main()
 """
@@ -292,8 +295,8 @@ def test_the_per_step_loss_compares_predictions_on_the_dense_models_own_latents(
     row = made.differentiate(0)
     embeds, noise, _ = calibration.batch(made._rows(0)[0])
     steps = dense_steps(pipe, embeds, noise, calibration.call)
-    gates = learn.Gates(discover(pipe), 3.0, 0.0)
-    gates.draw(4, torch.Generator().manual_seed(learn._mix(0, 1, 0)))
+    gates = learner_module.Gates(discover(pipe), 3.0, 0.0)
+    gates.draw(4, torch.Generator().manual_seed(learner_module._mix(0, 1, 0)))
     with torch.no_grad(), gates.attached(denoiser_of(pipe)):
         errors = [
             (pipe.transformer(*s.args, **s.kwargs)[0] - s.prediction).square().mean()
@@ -336,6 +339,44 @@ def test_a_loss_that_is_not_finite_stops_names_prompts_and_keeps_the_state(flux,
         history = json.loads(file.metadata()["ecodiff"])["info"]["history"]
         assert len(history) == 1
         assert all(file.get_tensor(key).isfinite().all() for key in file.keys())  # noqa: SIM118
+
+
+@pytest.mark.parametrize(
+    ("settings", "advice"),
+    [
+        ({"checkpoint": False}, "checkpoint: true"),
+        ({"keep_steps": 1}, "keep_steps: 0"),
+        ({"batch": 4, "accumulate": 1}, "batch: 2 and accumulate: 2"),
+        ({"batch": 1}, "bfloat16"),
+    ],
+)
+def test_a_batch_that_does_not_fit_comes_with_what_would(flux, monkeypatch, settings, advice):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(learner_module.Learner, "differentiate", fail)
+    with pytest.raises(UserError, match=f"out of memory; .*{advice}"):
+        learn_mask(*flux, MaskSettings(**{**QUICK, **settings}), 0.1)
+
+
+def test_tensorboard_is_used_where_it_is_installed(flux, tmp_path, monkeypatch):
+    written = []
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            self.folder = folder
+
+        def add_scalar(self, name, value, step):
+            written.append((self.folder.name, name, step))
+
+        def close(self):
+            written.append("closed")
+
+    module = SimpleNamespace(SummaryWriter=SummaryWriter)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    learn_mask(*flux, MaskSettings(**QUICK), 0.1, tmp_path / "state.safetensors")
+    assert ("tensorboard", "distortion", 1) in written
+    assert written[-1] == "closed"
 
 
 def test_an_impossible_budget_is_refused_before_learning(flux):

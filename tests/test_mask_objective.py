@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ecodiff.gates import Gates, sample_gate
-from ecodiff.mask.learn import optimiser_of
+from ecodiff.mask.learner import optimiser_of
 from ecodiff.mask.objective import Budget, Penalty, distortion, expected_sparsity
 from ecodiff.settings import MaskSettings
 from ecodiff.structures import Structure

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
-import time
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +17,18 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
-    ProgressColumn,
     TextColumn,
     TimeRemainingColumn,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
-from ecodiff.activations import affordable_steps
 from ecodiff.artifacts import code_hash
 from ecodiff.calibrate import Calibration
 from ecodiff.errors import Stopped, UserError
-from ecodiff.gates import Gates
-from ecodiff.mask.objective import Budget, Objective, Penalty, distortion, expected_sparsity
-from ecodiff.mask.select import select
-from ecodiff.pipelines import denoiser_of
-from ecodiff.rollout import DenseStep, dense_steps, frozen, rollout
+from ecodiff.mask.learner import Learner
+from ecodiff.rollout import frozen
 from ecodiff.settings import MaskSettings
 from ecodiff.state import State, Termination
-from ecodiff.structures import Structure, count_parameters, discover, maskable_share
-from ecodiff.workers import Workers
 
 COLUMNS = (
     "iteration",
@@ -48,7 +41,6 @@ COLUMNS = (
     "seconds",
 )
 COST_ONLY = {"checkpoint", "keep_steps", "memory_mb", "save_every"}  # settings; no mask changes
-SETTLED = 0.01  # share of the units to remove whose exchange still counts as no change
 
 log = logging.getLogger(__name__)
 
@@ -75,12 +67,13 @@ def learn_mask(
         taken the place of in that iteration.
 
     Raises:
-        UserError: the calibration is of another model, or the loss stops being finite; iteration
-            and prompts are named and the last good state is in `scratch`.
+        UserError: the calibration is of another model, a batch does not fit into memory, or the
+            loss stops being finite; iteration and prompts are named and the last good state is in
+            `scratch`.
         Stopped: SIGTERM came; the state is in `scratch`.
     """
     calibration.check(pipe)
-    learner = _Learner(pipe, calibration, settings, sparsity)
+    learner = Learner(pipe, calibration, settings, sparsity)
     identity = {
         "code": code_hash("mask.learn"),
         "settings": settings.model_dump(exclude=COST_ONLY),
@@ -88,246 +81,83 @@ def learn_mask(
         "processes": learner.workers.count,
         "calibration": [calibration.fingerprint, calibration.prompts, calibration.seeds],
     }
-    # All processes continue from the state, and one of them writes it.
     state = State(scratch, identity, learner.gates.logits, learner.optimiser)
     history = learner.restored(state)
-
-    def save() -> None:
-        if learner.workers.is_first:
-            state.write(learner.info(history))
-
+    if not learner.workers.is_first:  # all continue from the state, and one of them writes it
+        state = State(None, identity, learner.gates.logits, learner.optimiser)
     termination = Termination()
-    console = Console(stderr=True)
     with (
         termination.heeded(),
         frozen(learner.denoiser),
-        Progress(*_columns(), console=console, disable=not sys.stderr.isatty()) as bar,
+        _watched(settings.iterations, scratch) as show,
     ):
-        task = bar.add_task("mask", total=settings.iterations, completed=len(history), state="")
         while len(history) < settings.iterations and not learner.is_settled(history):
             try:
                 row = learner.differentiate(len(history))
                 with termination.put_off():
                     history.append(learner.apply(row))
                     if len(history) % settings.save_every == 0:
-                        save()
+                        state.write(learner.info(history))
+            except torch.OutOfMemoryError as error:
+                raise UserError(f"mask: out of memory; {_what_fits(settings)}") from error
             except FloatingPointError as error:
-                save()
+                state.write(learner.info(history))
                 raise UserError(f"mask: iteration {len(history)}: {error}") from error
             except Stopped:
-                save()
+                state.write(learner.info(history))
                 log.info("mask: stopped after %s iterations; run it again to go on", len(history))
                 raise
-            line = _line(history[-1], settings.iterations)
-            bar.update(task, advance=1, state=line)
-            log.log(logging.INFO if bar.disable else logging.DEBUG, "%s", line)
-    if learner.workers.is_first:
-        state.discard()
+            show(history[-1])
+    state.discard()
     scores = {name: logits.detach().cpu().clone() for name, logits in learner.gates.logits.items()}
     return scores, pd.DataFrame(history, columns=list(COLUMNS))
 
 
-class _Learner:
-    """Everything one update needs."""
+@contextmanager
+def _watched(iterations: int, scratch: Path | None) -> Iterator[Callable[[dict[str, float]], None]]:
+    """Gives what shows a row of the history: a bar on a terminal, or else lines; TensorBoard too,
+    where it is installed, in a folder beside the state."""
+    board = _tensorboard(scratch)
+    console = Console(stderr=True)
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+    plain = not sys.stderr.isatty()
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=plain) as bar:
+        task = bar.add_task("", total=iterations)
 
-    def __init__(
-        self,
-        pipe: DiffusionPipeline,
-        calibration: Calibration,
-        settings: MaskSettings,
-        sparsity: float,
-    ) -> None:
-        self.pipe, self.calibration, self.settings = pipe, calibration, settings
-        self.denoiser, self.sparsity = denoiser_of(pipe), sparsity
-        self.workers = Workers(self.denoiser.device)
-        keep = settings.keep_steps
-        self.keep_steps = None if keep == "auto" and settings.checkpoint else keep
-        structures = discover(self.denoiser)
-        self.total = count_parameters(self.denoiser)
-        self.gates = Gates(structures, settings.first_logit, settings.noise_floor)
-        self.gates.to(self.denoiser.device)
-        kinds = {s.name: s.kind for s in structures}
-        self.lr = settings.lr.model_dump()
-        groups = [
-            {"params": [v for k, v in self.gates.logits.items() if kinds[k] == kind], "kind": kind}
-            for kind in self.lr
-            if kind in kinds.values()
-        ]
-        self.optimiser = optimiser_of(groups)
-        self.objective = _objective(settings, sparsity, structures, self.total)
-        self.variance = calibration.z0.float().var().item()
+        def show(row: dict[str, float]) -> None:
+            line = _line(row, iterations)
+            bar.update(task, completed=row["iteration"] + 1, description=line)
+            if plain:
+                log.info("%s", line)
+            if board is not None:
+                for name, value in row.items():
+                    board.add_scalar(name, value, row["iteration"])
 
-    def info(self, history: list[dict[str, float]]) -> dict[str, Any]:
-        """What a state holds beside logits and moments."""
-        return {"history": history, "objective": asdict(self.objective)}
-
-    def restored(self, state: State) -> list[dict[str, float]]:
-        """Take on a state, if there is one; the history so far."""
-        found = state.restore() or self.info([])
-        self.objective = replace(self.objective, **found["objective"])
-        return found["history"]
-
-    def differentiate(self, iteration: int) -> dict[str, float]:
-        """Put into the logits the mean gradient of `batch * accumulate` prompts; changes no logit.
-
-        Its randomness depends on the seed and the iteration alone, so a continued run is the same
-        as one that never stopped. Returns the row of the history, but for what `apply` finds.
-        Raises `FloatingPointError` when loss or gradients are not finite.
-        """
-        started, settings = time.perf_counter(), self.settings
-        generator = torch.Generator().manual_seed(_mix(settings.seed, 1, iteration))
-        self.optimiser.zero_grad(set_to_none=True)
-        rows = self._rows(iteration)
-        losses = [self._backward(batch, generator) for batch in rows]
-        self.workers.average_gradients(self.gates.parameters())
-        progress = (iteration + 1) / settings.iterations
-        removed = expected_sparsity(self.gates, self.total)
-        regulariser = self.objective.regulariser(removed, progress)
-        # Its graph is the logits' own, so this pass is free and needs nothing retained.
-        if regulariser.requires_grad:
-            regulariser.backward()
-        if not all(logits.grad.isfinite().all() for logits in self.gates.logits.values()):
-            prompts = [self.calibration.prompts[i] for batch in rows for i in batch]
-            raise FloatingPointError(f"gradients are not finite on prompts {prompts}")
-        mean = self.workers.mean(sum(losses) / len(losses))
-        return {
-            "iteration": iteration,
-            "loss": mean + regulariser.item(),
-            "distortion": mean,
-            "expected_sparsity": sum(share.item() for share in removed.values()),
-            "target_sparsity": self.objective.target(progress),
-            "regulariser": regulariser.item(),
-            "seconds": time.perf_counter() - started,
-        }
-
-    def apply(self, row: dict[str, float]) -> dict[str, float]:
-        """Update logits and multipliers by what `differentiate` found; the whole row."""
-        before, iteration = self._to_remove(), row["iteration"]
-        rising = (iteration + 1) / max(1, self.settings.lr_warmup)
-        for group in self.optimiser.param_groups:
-            group["lr"] = self.lr[group["kind"]] * min(1.0, rising)
-        self.optimiser.step()
-        progress = (iteration + 1) / self.settings.iterations
-        self.objective.ascend(row["expected_sparsity"], progress)
-        new = self._to_remove() & ~before
-        return {**row, "changed": new.sum().item() / max(1, before.sum().item())}
-
-    def is_settled(self, history: list[dict[str, float]]) -> bool:
-        """Whether the ranking has stopped changing, at the full target, and may be stopped."""
-        patience, last = self.settings.patience, len(history) / self.settings.iterations
-        if patience is None or len(history) < patience:
-            return False
-        if self.objective.target(last) != self.objective.target(1.0):
-            return False
-        return sum(row["changed"] for row in history[-patience:]) <= SETTLED
-
-    def _to_remove(self) -> Tensor:
-        """The units that would go now: bool (all units,), on the CPU."""
-        settings = self.settings
-        logits = {name: value.detach() for name, value in self.gates.logits.items()}
-        limits = (settings.scope, settings.min_units, settings.align)
-        kept = select(self.gates.structures, logits, self.sparsity, self.total, *limits)
-        return ~torch.cat([*kept.values()])
-
-    def _backward(self, rows: list[int], generator: torch.Generator) -> float:
-        """Add the gradient of one batch's share of the mean distortion; returns its distortion."""
-        device = self.denoiser.device
-        own = self.workers.own(len(rows))
-        self.gates.draw(len(rows), generator, own)
-        rows = rows[own]
-        embeds, noise, dense = self.calibration.batch(rows)
-        embeds = {key: value.to(device) for key, value in embeds.items()}
-        noise, dense = noise.to(device), dense.to(device)
-        steps: list[DenseStep] = []
-        if self.settings.loss == "per-step":
-            steps = dense_steps(self.pipe, embeds, noise, self.calibration.call)
-        # The backward pass is inside too: it runs each step again.
-        with self.gates.attached(self.denoiser):
-            if steps:
-                loss = _per_step(self.denoiser, steps)
-            else:
-                loss = self._end_to_end(embeds, noise, dense)
-            value = loss.item()
-            if not torch.isfinite(loss):
-                prompts = [self.calibration.prompts[i] for i in rows]
-                raise FloatingPointError(f"the loss is {value} on prompts {prompts}")
-            (loss / self.settings.accumulate).backward()
-        return value
-
-    def _end_to_end(self, embeds: dict[str, Tensor], noise: Tensor, dense: Tensor) -> Tensor:
-        """The distance of the final latents (EcoDiff, "end-to-end objective")."""
-        call, checkpoint = self.calibration.call, self.settings.checkpoint
-        keep = self._keep_steps(embeds, noise)
-        z0 = rollout(self.pipe, embeds, noise, call, checkpoint, keep)
-        return distortion(z0, dense, self.variance)
-
-    def _keep_steps(self, embeds: dict[str, Tensor], noise: Tensor) -> int:
-        """The number of steps whose activations are kept; `auto` is decided once, and said."""
-        if self.keep_steps is None:
-            self.keep_steps = affordable_steps(
-                self.pipe, embeds, noise, self.calibration.call, self.settings.memory_mb
-            )
-            log.info("mask: activations of %s steps are kept", self.keep_steps)
-        return self.keep_steps
-
-    def _rows(self, iteration: int) -> list[list[int]]:
-        """The prompts of an update, in batches of all processes together.
-
-        All prompts are seen once before any is seen again.
-        """
-        batch = self.settings.batch * self.workers.count
-        count = len(self.calibration.prompts)
-        per_update = batch * self.settings.accumulate
-        places = range(iteration * per_update, (iteration + 1) * per_update)
-        orders: dict[int, list[int]] = {}
-        for epoch in {place // count for place in places}:
-            generator = torch.Generator().manual_seed(_mix(self.settings.seed, 0, epoch))
-            orders[epoch] = torch.randperm(count, generator=generator).tolist()
-        rows = [orders[place // count][place % count] for place in places]
-        return [rows[start : start + batch] for start in range(0, per_update, batch)]
+        yield show
+    if board is not None:
+        board.close()
 
 
-def optimiser_of(groups: list[dict[str, Any]]) -> torch.optim.AdamW:
-    """AdamW for logits, from groups of parameters as torch takes them.
-
-    Without weight decay, which would pull logits down with no gradient at all; with a short
-    momentum, for a long one carries them far past the budget when the price has turned.
-    """
-    return torch.optim.AdamW(groups, betas=(0.5, 0.999), weight_decay=0.0)
-
-
-def _per_step(denoiser: nn.Module, steps: list[DenseStep]) -> Tensor:
-    """The mean distance of a gated denoiser's predictions (EcoDiff, ablation "per-step loss")."""
-    errors = [
-        distortion(step.again(denoiser), step.prediction, step.prediction.var()) for step in steps
-    ]
-    return torch.stack(errors).mean()
+def _tensorboard(scratch: Path | None) -> Any:
+    """A writer of TensorBoard's; None where it is not installed or there is no place for it."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return None if scratch is None else SummaryWriter(scratch.with_name("tensorboard"))
 
 
-def _objective(
-    settings: MaskSettings, sparsity: float, structures: list[Structure], total: int
-) -> Objective:
-    maskable = {
-        kind: maskable_share([s for s in structures if s.kind == kind], total)
-        for kind in {s.kind: None for s in structures}
-    }
-    if settings.objective == "penalty":
-        return Penalty(settings.beta, maskable, settings.weights.model_dump())
-    possible = sum(maskable.values())
-    if not 0 <= sparsity <= possible:
-        raise UserError(f"sparsity: {sparsity} is not possible; the range is 0 to {possible:.4f}")
-    return Budget(sparsity, settings.warmup, settings.multiplier_lr)
-
-
-def _columns() -> list[ProgressColumn]:
-    """What a terminal shows: progress, loss and sparsity, and the time that is left."""
-    state = TextColumn("{task.fields[state]}")
-    return [BarColumn(), MofNCompleteColumn(), state, TimeRemainingColumn()]
-
-
-def _mix(seed: int, purpose: int, index: int) -> int:
-    """A seed for one purpose and index; neighbouring seeds share no stream."""
-    return (seed * 2 + purpose) * 1_000_003 + index
+def _what_fits(settings: MaskSettings) -> str:
+    """What to change so that the same update takes less memory."""
+    if not settings.checkpoint:
+        return "set checkpoint: true"
+    if settings.keep_steps == "auto" or settings.keep_steps > 0:
+        return "set keep_steps: 0, or a smaller memory_mb with keep_steps: auto"
+    if settings.batch > 1:
+        batch = settings.batch // 2
+        accumulate = -(-settings.batch * settings.accumulate // batch)
+        return f"set batch: {batch} and accumulate: {accumulate}"
+    return "one prompt does not fit: load the model in bfloat16, or spread it with device_map"
 
 
 def _line(row: dict[str, float], iterations: int) -> str:
