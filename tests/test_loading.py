@@ -10,9 +10,11 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from original import save_original
 from tiny import CALLS, tiny_flux, tiny_sdxl
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 import ecodiff
 from ecodiff import loading, pipelines
@@ -160,23 +162,37 @@ def test_loading_a_pruned_model_takes_no_more_than_its_weights(reader, tmp_path)
     assert 0.5 < float(done.stdout.split()[-1]) < 1.1
 
 
-def test_a_single_file_needs_the_config_of_its_pipeline(tmp_path, monkeypatch):
+def test_a_single_file_needs_the_config_of_its_pipeline(tmp_path):
     file = tmp_path / "model.safetensors"
     file.touch()
     with pytest.raises(UserError, match="is a single file: set `config`"):
         loading.load_pipeline(file)
-    pipe = tiny_sdxl()
+
+
+def test_a_single_file_is_the_pipeline_that_it_was_written_from(tmp_path):
+    pipe = original_sdxl()
     pipe.save_pretrained(tmp_path / "config")
-    asked = {}
+    save_original(pipe, tmp_path / "model.safetensors")
+    for weights in (tmp_path / "config").rglob("*.safetensors"):
+        weights.unlink()  # so that nothing but the single file can be where they come from
+    read = loading.load_pipeline(tmp_path / "model.safetensors", config=str(tmp_path / "config"))
+    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        found, wanted = (getattr(one, name).state_dict() for one in (read, pipe))
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[key], wanted[key]) for key in wanted)
 
-    def read(path, **options):
-        asked.update(options, path=path)
-        return pipe
 
-    monkeypatch.setattr(StableDiffusionXLPipeline, "from_single_file", read)
-    config = str(tmp_path / "config")
-    assert loading.load_pipeline(file, config=config) is pipe
-    assert asked == {"path": str(file), "config": config, "torch_dtype": torch.float32}
+def original_sdxl():
+    """A tiny SDXL whose second text encoder is of another width, as in the real one."""
+    torch.manual_seed(0)
+    pipe = tiny_sdxl()
+    config = pipe.text_encoder_2.config.to_dict()
+    config |= {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    pipe.text_encoder_2 = CLIPTextModelWithProjection(CLIPTextConfig(**config))
+    width = pipe.text_encoder.config.hidden_size + 32
+    unet = {**pipe.unet.config, "cross_attention_dim": width}
+    pipe.register_modules(unet=UNet2DConditionModel.from_config(unet))
+    return pipe
 
 
 def test_a_pickled_single_file_is_never_read(tmp_path):
