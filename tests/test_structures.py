@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatch
 from types import SimpleNamespace
 
 import pytest
@@ -12,10 +13,18 @@ from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
 from diffusers.models.normalization import AdaLayerNormZero
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock
+from tiny import tiny
 from torch import nn
 
 from ecodiff.errors import UserError
-from ecodiff.structures import Port, Structure, count_parameters, discover, maskable_share
+from ecodiff.structures import (
+    Port,
+    Structure,
+    count_parameters,
+    denoiser_of,
+    discover,
+    maskable_share,
+)
 
 
 def in_block(**modules: nn.Module) -> nn.Module:
@@ -225,3 +234,21 @@ def test_what_is_not_fully_understood_is_refused_by_name(case):
     build, named = UNFIT[case]
     with pytest.raises(UserError, match=named):
         discover(build())
+
+
+@pytest.mark.parametrize("family", ["flux", "qwen"])
+def test_what_is_found_agrees_with_the_plan_that_the_model_publishes(family):
+    """Tensor parallelism splits the rows of what we call producers, the columns of consumers."""
+    denoiser = denoiser_of(tiny(family))
+    structures = [s for s in discover(denoiser) if s.consumers]
+    ours = {
+        "colwise": {port.module for s in structures for port in s.producers},
+        "rowwise": {port.module for s in structures for port in s.consumers},
+    }
+    linears = [n for n, module in denoiser.named_modules() if isinstance(module, nn.Linear)]
+    for pattern, split in denoiser._tp_plan.items():
+        side = "colwise" if split == "colwise" else "rowwise"  # packed projections have a class
+        matching = {name for name in linears if fnmatch(name, pattern)}
+        assert matching <= ours[side], pattern
+        ours[side] -= matching
+    assert ours == {"colwise": set(), "rowwise": set()}
