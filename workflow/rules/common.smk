@@ -54,8 +54,10 @@ wildcard_constraints:
 
 # The command comes from the active environment, or else from the one that Snakemake runs in.
 # Python keeps what it compiles, even where containers forbid it: a job starts in half the time.
+# Memory that a step gives back is kept for the next one: a fifth of the time on a CPU is fetching it.
 shell.prefix(
     "set -euo pipefail; export PYTHONDONTWRITEBYTECODE="
+    " MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=4294967296"
     f" PATH=$PATH:{Path(sys.executable).parent}; "
 )
 
