@@ -167,10 +167,10 @@ sys.path.insert(0, sys.argv[1])
 from test_mask_learn import LONG, recorded
 from ecodiff.cli import main
 from ecodiff.mask import learn
-from ecodiff.mask import learner as learner_module
+from ecodiff.mask.learner import Learner
 from ecodiff import cli
 
-apply = learner_module.Learner.apply
+apply = Learner.apply
 
 def slowly(made, row):
     print(row["iteration"], flush=True)
