@@ -316,7 +316,10 @@ def test_all_stages_run_on_a_tiny_model(tmp_path):
     results = tmp_path / "results/small"
     table = pd.read_csv(results / "tables/main.csv")
     assert table["variant"].tolist() == ["dense", "ecodiff-20-lora", "magnitude-20-comp"]
-    assert table["sparsity"].tolist() == pytest.approx([0, 0.2, 0.2], abs=0.02)
+    dense, *pruned = table["sparsity"]
+    assert dense == 0
+    # Less than a unit over; the largest, a head of both streams, is 5 % of so small a model.
+    assert all(0.2 <= sparsity < 0.2 + 0.051 for sparsity in pruned)
     assert len(list((results / "figures").glob("*.png"))) == 6
     assert "ecodiff" in done.stdout.lower()
     assert "tables: results/small/tables" in done.stdout
