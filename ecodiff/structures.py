@@ -250,7 +250,16 @@ def _structure(
 def _linear(module: nn.Module, path: str) -> nn.Linear | None:
     for part in path.split("."):
         module = module._modules.get(part) if module is not None else None
-    return module if isinstance(module, nn.Linear) else None
+    return module if isinstance(module, nn.Linear) and _is_plain(module) else None
+
+
+def _is_plain(linear: nn.Linear) -> bool:
+    """Whether rows and columns can be taken: quantisers pack weights, or wrap them in a type."""
+    weight = linear.weight
+    if type(weight) is not nn.Parameter or type(weight.data) is not Tensor:
+        return False
+    shape = (linear.out_features, linear.in_features)
+    return weight.is_floating_point() and tuple(weight.shape) == shape
 
 
 def _is_parallel(block: nn.Module) -> bool:

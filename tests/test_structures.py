@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from fnmatch import fnmatch
 from types import SimpleNamespace
 
@@ -252,3 +253,38 @@ def test_what_is_found_agrees_with_the_plan_that_the_model_publishes(family):
         assert matching <= ours[side], pattern
         ours[side] -= matching
     assert ours == {"colwise": set(), "rowwise": set()}
+
+
+class Packed(nn.Linear):
+    """Two values a byte in one column, as four-bit quantisers keep them."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear.in_features, linear.out_features, device="meta")
+        packed = torch.zeros(linear.weight.numel() // 2, 1, dtype=torch.uint8)
+        self.weight = nn.Parameter(packed, requires_grad=False)
+
+
+class Wrapped(nn.Linear):
+    """A weight of the right shape, in a type of its own."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear.in_features, linear.out_features, device="meta")
+        self.weight = WrappedParameter(linear.weight.detach())
+
+
+class WrappedParameter(nn.Parameter):
+    pass
+
+
+@pytest.mark.parametrize("kind", [Packed, Wrapped])
+@pytest.mark.parametrize("every", [True, False])
+@pytest.mark.parametrize("family", ["sdxl", "flux"])
+def test_a_quantised_denoiser_is_refused_by_the_names_of_its_layers(family, every, kind):
+    denoiser = denoiser_of(tiny(family))
+    linears = [
+        n for n, module in denoiser.named_modules() if isinstance(module, nn.Linear) and "attn" in n
+    ]
+    for name in linears if every else linears[:1]:
+        denoiser.set_submodule(name, kind(denoiser.get_submodule(name)))
+    with pytest.raises(UserError, match=f"{re.escape(linears[0])}.*not quantised"):
+        discover(denoiser)
