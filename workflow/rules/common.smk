@@ -90,7 +90,9 @@ def resource(name):
 def launch(wildcards):
     """What starts a job on several GPUs, a process on each; nothing for one."""
     gpus = run.models[wildcards.model].resources.gpu
-    start = "accelerate launch --multi_gpu --num_machines 1 --mixed_precision no --dynamo_backend no"
+    start = (
+        "accelerate launch --multi_gpu --num_machines 1 --mixed_precision no --dynamo_backend no"
+    )
     return f"{start} --num_processes {gpus} --no_python " if gpus > 1 else ""
 
 
