@@ -272,6 +272,8 @@ def test_learning_stops_when_the_ranking_no_longer_changes(flux):
     assert history["changed"].eq(0).all()
     _, restless = learn_mask(*flux, MaskSettings(**{**settings, "iterations": 4}), 0.1)
     assert len(restless) == 4 and restless["changed"].max() > 0.01
+    _, history = learn_mask(*flux, still.model_copy(update={"objective": "penalty"}), 0.1)
+    assert len(history) == 2  # a penalty aims at no target, so there is none to wait for
 
 
 def test_a_kind_that_weighs_nothing_is_not_pulled(flux):
