@@ -7,20 +7,18 @@ left make a width that tensor cores like (`aligned`: a multiple of 64 in each fe
 
 from __future__ import annotations
 
-import argparse
 import tempfile
-import time
-from datetime import date
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 from diffusers import DiffusionPipeline
-from real_size import PLANS, built, texts_of
+from real_size import asked_for, built, call_of, show, texts_of
 
 import ecodiff
 from ecodiff.evaluate.memory import peak_memory, tensors_of
+from ecodiff.evaluate.timing import seconds
 from ecodiff.mask.scores import random
 from ecodiff.pipelines import Call, denoise, denoiser_of, starting_noise
 from ecodiff.structures import count_parameters, discover
@@ -49,19 +47,13 @@ def measured(pipe: DiffusionPipeline, call: Call, repeats: int) -> dict[str, flo
         denoise(pipe, embeds, noise, call)
 
     peak = peak_memory(draw, tensors_of(denoiser), str(denoiser.device))
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        draw()
-        if noise.is_cuda:
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
+    times = [seconds(draw, noise.device) for _ in range(repeats)]
     with tempfile.TemporaryDirectory() as folder:
         denoiser.save_pretrained(folder)
         disk = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
     return {
         "parameters (B)": count_parameters(denoiser) / 1e9,
-        "ms a step": 1e3 * float(np.median(seconds)) / STEPS,
+        "ms a step": 1e3 * float(np.median(times)) / STEPS,
         "peak GB": peak / 1e3,
         "disk GB": disk / 1e9,
     }
@@ -69,30 +61,21 @@ def measured(pipe: DiffusionPipeline, call: Call, repeats: int) -> dict[str, flo
 
 def main() -> None:
     """Measure and print one table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", default=[*PLANS], choices=[*PLANS])
-    parser.add_argument("--side", type=int, default=1024, help="pixels")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--small", action="store_true", help="tiny models, to check the script")
-    asked = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    asked = asked_for(__doc__, repeats=5)
     rows = []
     for name in asked.models:
-        call = {"height": asked.side, "width": asked.side, "num_inference_steps": STEPS}
-        call["guidance_scale"] = 5.0 if name == "sdxl" else 3.5
+        call = {**call_of(name, asked.side), "num_inference_steps": STEPS}
         for sparsity, align in VARIANTS:
-            pipe = pruned(name, device, asked.small, sparsity, align)
+            pipe = pruned(name, asked.device, asked.small, sparsity, align)
             row = {"model": name, "sparsity": sparsity, "aligned": align > 1}
             rows.append(row | measured(pipe, call, asked.repeats))
             del pipe
-            if device == "cuda":
+            if asked.device == "cuda":
                 torch.cuda.empty_cache()
     table = pd.DataFrame(rows)
     dense = table[table["sparsity"] == 0].set_index("model")["ms a step"]
     table["of dense time"] = table["ms a step"] / table["model"].map(dense)
-    hardware = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    print(f"{date.today()}, {hardware}, torch {torch.__version__}, bf16, {asked.side} px")
-    print(table.round(3).to_markdown(index=False))
+    show(table.round(3), asked)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from datetime import date
 from pathlib import Path
-from typing import Any
 
 import diffusers
 import numpy as np
@@ -24,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ecodiff.config import MaskCostSettings
 from ecodiff.evaluate.mask_cost import mask_cost
+from ecodiff.evaluate.timing import seconds
 from ecodiff.pipelines import Call, call_arguments, denoiser_of, starting_noise
 from ecodiff.structures import count_parameters
 
@@ -102,17 +101,34 @@ def texts_of(pipe: DiffusionPipeline) -> dict[str, torch.Tensor]:
     }
 
 
+def call_of(name: str, side: int) -> Call:
+    """How a real model's pipeline is called."""
+    return {"height": side, "width": side, "guidance_scale": 5.0 if name == "sdxl" else 3.5}
+
+
+def asked_for(description: str | None, repeats: int) -> argparse.Namespace:
+    """The command line of a benchmark at real size; `device` is a GPU where there is one."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--models", nargs="+", default=[*PLANS], choices=[*PLANS])
+    parser.add_argument("--side", type=int, default=1024, help="pixels")
+    parser.add_argument("--repeats", type=int, default=repeats)
+    parser.add_argument("--small", action="store_true", help="tiny models, to check the script")
+    parser.set_defaults(device="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args()
+
+
+def show(table: pd.DataFrame, asked: argparse.Namespace) -> None:
+    """Print a table under its date, hardware and versions."""
+    hardware = torch.cuda.get_device_name() if asked.device == "cuda" else "CPU"
+    print(f"{date.today()}, {hardware}, torch {torch.__version__}, bf16, {asked.side} px")
+    print(table.to_markdown(index=False))
+
+
 def ceiling(device: str, side: int) -> float:
     """Operations a second of large bf16 matrix products: the median of ten."""
     left, right = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
-    seconds = []
-    for _ in range(12):
-        start = time.perf_counter()
-        left @ right
-        if left.is_cuda:
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return 2 * side**3 / float(np.median(seconds[2:]))
+    times = [seconds(lambda: left @ right, left.device) for _ in range(12)]
+    return 2 * side**3 / float(np.median(times[2:]))
 
 
 def operations(pipe: DiffusionPipeline, embeds: dict, noise: torch.Tensor, call: Call) -> int:
@@ -126,8 +142,7 @@ def operations(pipe: DiffusionPipeline, embeds: dict, noise: torch.Tensor, call:
 def measured(name: str, side: int, device: str, repeats: int, small: bool) -> pd.DataFrame:
     """The rows of one model."""
     pipe = built(name, device, small)
-    call: dict[str, Any] = {"height": side, "width": side}
-    call["guidance_scale"] = 5.0 if name == "sdxl" else 3.5
+    call = call_of(name, side)
     embeds, noise = texts_of(pipe), starting_noise(pipe, [0], call)
     rate = ceiling(device, 512 if small else 8192)
     work = operations(pipe, embeds, noise, call)
@@ -154,19 +169,12 @@ def measured(name: str, side: int, device: str, repeats: int, small: bool) -> pd
 
 def main() -> None:
     """Measure and print one table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", default=[*PLANS], choices=[*PLANS])
-    parser.add_argument("--side", type=int, default=1024, help="pixels")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--small", action="store_true", help="tiny models, to check the script")
-    asked = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    hardware = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    asked = asked_for(__doc__, repeats=3)
     tables = [
-        measured(name, asked.side, device, asked.repeats, asked.small) for name in asked.models
+        measured(name, asked.side, asked.device, asked.repeats, asked.small)
+        for name in asked.models
     ]
-    print(f"{date.today()}, {hardware}, torch {torch.__version__}, bf16, {asked.side} px")
-    print(pd.concat(tables).to_markdown(index=False))
+    show(pd.concat(tables), asked)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ cutting are the same algebra: `W[:, keep] @ x[keep] == W @ (m * x)` for a 0/1 ma
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -196,12 +196,24 @@ class Gates(nn.Module):
 
         Scalars, fp32, differentiable; their sum is the expected sparsity.
         """
-        shares: dict[str, Tensor] = {}
+        return self.shares(
+            lambda logits: 1 - open_probability(logits, self.floor), total_parameters
+        )
+
+    def shares(
+        self, closed: Callable[[Tensor], Tensor], total_parameters: int
+    ) -> dict[str, Tensor]:
+        """Kind -> share of `total_parameters` of its units, each as far as `closed` says.
+
+        Args:
+            closed: logits (units,) -> how far each unit is closed, (units,).
+        """
+        found: dict[str, Tensor] = {}
+        logits = self.logits
         for s in self.structures:
-            closed = (1 - open_probability(self.logits[s.name], self.floor)).sum()
-            share = closed * (s.unit_parameters / total_parameters)
-            shares[s.kind] = shares.get(s.kind, 0) + share
-        return shares
+            share = closed(logits[s.name]).sum() * (s.unit_parameters / total_parameters)
+            found[s.kind] = found.get(s.kind, 0) + share
+        return found
 
 
 def _by_module(

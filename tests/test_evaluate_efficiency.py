@@ -9,6 +9,7 @@ from tiny import CALLS, tiny, tiny_flux, tiny_sdxl
 
 from ecodiff import prune
 from ecodiff.config import EfficiencySettings
+from ecodiff.evaluate import timing
 from ecodiff.evaluate.efficiency import efficiency
 from ecodiff.pipelines import denoiser_of
 from ecodiff.structures import discover
@@ -89,7 +90,7 @@ def test_variants_take_turns_and_the_median_is_reported(monkeypatch: pytest.Monk
 
     seconds, turns = iter([9, 9, 1, 10, 3, 30, 2, 20]), []
     monkeypatch.setattr(module, "_size_and_work", lambda *_: {})
-    monkeypatch.setattr(module, "_seconds", lambda *_: turns.append(pipe.unet) or next(seconds))
+    monkeypatch.setattr(timing, "seconds", lambda *_: turns.append(pipe.unet) or next(seconds))
     pipe = tiny_sdxl()
     denoisers = {"dense": pipe.unet, "other": tiny_sdxl(1).unet}
     settings = EfficiencySettings(repeats=3, warmup=1)

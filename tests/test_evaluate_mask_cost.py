@@ -4,7 +4,7 @@ import pytest
 from tiny import CALLS, tiny
 
 from ecodiff.config import MaskCostSettings
-from ecodiff.evaluate import mask_cost as module
+from ecodiff.evaluate import timing
 from ecodiff.evaluate.mask_cost import mask_cost
 from ecodiff.pipelines import encode, starting_noise
 
@@ -31,7 +31,7 @@ def test_memory_grows_with_the_steps_that_are_kept(family: str) -> None:
 
 def test_the_floor_is_counted_in_forward_passes(monkeypatch) -> None:
     """By hand: with every piece of work taking a second, F is 1."""
-    monkeypatch.setattr(module, "_seconds", lambda work, device: work() or 1.0)
+    monkeypatch.setattr(timing, "seconds", lambda work, device: work() or 1.0)
     settings = MaskCostSettings(steps=(2,), kept=(0.0, 0.5, 1.0), batch=1, repeats=1)
     cost = cost_of(tiny("flux"), CALLS["flux"], settings)
     assert cost["floor_seconds"].tolist() == [3.0, 2.5, 2.0]

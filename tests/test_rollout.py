@@ -22,12 +22,12 @@ PROMPTS = ["a red circle", "a blue square"]
 
 
 SCHEDULERS = {
-    "euler": (tiny_sdxl, EulerDiscreteScheduler, {}),
-    "euler-ancestral": (tiny_sdxl, EulerAncestralDiscreteScheduler, {}),
-    "ddim": (tiny_sdxl, DDIMScheduler, {}),
-    "dpm++2m": (tiny_sdxl, DPMSolverMultistepScheduler, {}),
-    "lcm": (tiny_sdxl, LCMScheduler, {}),
-    "flow-match-euler": (tiny_flux, FlowMatchEulerDiscreteScheduler, {}),
+    "euler": (tiny_sdxl, EulerDiscreteScheduler),
+    "euler-ancestral": (tiny_sdxl, EulerAncestralDiscreteScheduler),
+    "ddim": (tiny_sdxl, DDIMScheduler),
+    "dpm++2m": (tiny_sdxl, DPMSolverMultistepScheduler),
+    "lcm": (tiny_sdxl, LCMScheduler),
+    "flow-match-euler": (tiny_flux, FlowMatchEulerDiscreteScheduler),
 }
 
 
@@ -39,9 +39,9 @@ def pipe(request):
 @pytest.fixture(params=SCHEDULERS)
 def scheduled(request):
     """A pipeline under one of the schedulers that its family is used with."""
-    make, scheduler, options = SCHEDULERS[request.param]
+    make, scheduler = SCHEDULERS[request.param]
     pipe = make()
-    pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **options)
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
     return pipe
 
 

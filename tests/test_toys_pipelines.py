@@ -114,11 +114,9 @@ def test_a_shipped_toy_goes_on_as_if_its_next_cycle_had_followed_at_once(tmp_pat
         return torch.nn.Linear(3, 2)
 
     shipped = fit(Recipe(cycles=(2,), batch=2, lr=1e-2), new()).half().float()
-    parameters, optimizer = (
-        dict(shipped.named_parameters()),
-        torch.optim.AdamW(shipped.parameters()),
-    )
-    State(state, asdict(both), parameters, optimizer).write({"step": 2, "seconds": 0.0})
+    optimizer = torch.optim.AdamW(shipped.parameters())
+    unfinished = State(state, asdict(both), dict(shipped.named_parameters()), optimizer)
+    unfinished.write({"step": 2, "seconds": 0.0})
     assert torch.equal(fit(both, new(), state).weight, fit(both, new()).weight)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ecodiff.config import EfficiencySettings
+from ecodiff.evaluate import timing
 from ecodiff.evaluate.memory import MB, peak_memory, tensors_of
 from ecodiff.pipelines import Call, decode, denoise, denoiser_of, encode, starting_noise
 from ecodiff.structures import count_parameters
@@ -73,7 +73,7 @@ def efficiency(
             for name, d in denoisers.items()
         }
         rounds = [
-            {name: turn(d, lambda: _seconds(work, place)) for name, d in denoisers.items()}
+            {name: turn(d, lambda: timing.seconds(work, place)) for name, d in denoisers.items()}
             for _ in range(settings.warmup + settings.repeats)
         ]
     finally:
@@ -116,13 +116,3 @@ def _stored(module: nn.Module) -> int:
     """Bytes of what a module saves; tensors that it shares with itself are saved once."""
     saved = {id(value): value for value in module.state_dict(keep_vars=True).values()}
     return sum(value.nbytes for value in saved.values())
-
-
-def _seconds(work: Callable[[], None], place: torch.device) -> float:
-    if place.type == "cuda":
-        torch.cuda.synchronize(place)
-    start = time.perf_counter()
-    work()
-    if place.type == "cuda":
-        torch.cuda.synchronize(place)
-    return time.perf_counter() - start

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from functools import partial
 
@@ -13,6 +12,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from ecodiff.config import MaskCostSettings
+from ecodiff.evaluate import timing
 from ecodiff.evaluate.memory import peak_memory, tensors_of
 from ecodiff.gates import Gates
 from ecodiff.pipelines import Call, denoiser_of
@@ -73,7 +73,7 @@ def mask_cost(
             works[keep] = partial(iteration, steps, keep)
         peaks = {k: _or_nan(partial(peak_memory, works[k], held, device)) for k in works}
         rounds = [
-            {k: _or_nan(partial(_seconds, works[k], noise.device)) for k in works}
+            {k: _or_nan(partial(timing.seconds, works[k], noise.device)) for k in works}
             for _ in range(settings.repeats)
         ]
         seconds = {k: float(np.median([one[k] for one in rounds])) for k in works}
@@ -89,14 +89,6 @@ def mask_cost(
             for keep in seconds
         ]
     return pd.DataFrame(rows, columns=COLUMNS)
-
-
-def _seconds(work: Callable[[], None], device: torch.device) -> float:
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 def _or_nan(measure: Callable[[], float]) -> float:

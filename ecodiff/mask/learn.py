@@ -84,12 +84,12 @@ def learn_mask(
     state = State(scratch, identity, learner.gates.logits, learner.optimiser)
     history = learner.restored(state)
     if not learner.workers.is_first:  # all continue from the state, and one of them writes it
-        state = State(None, identity, learner.gates.logits, learner.optimiser)
+        state.path = None
     termination = Termination()
     with (
         termination.heeded(),
         frozen(learner.denoiser),
-        _watched(settings.iterations, scratch) as show,
+        _watched(settings.iterations, state.path) as show,
     ):
         while len(history) < settings.iterations and not learner.is_settled(history):
             try:

@@ -41,11 +41,9 @@ def expected_sparsity(gates: Gates, total_parameters: int) -> dict[str, Tensor]:
         return exact
     low, high = STRETCH
     threshold = TEMPERATURE * math.log(-low / high)
-    slopes: dict[str, Tensor] = {}
-    for s in gates.structures:
-        unclipped = torch.sigmoid(threshold - gates.logits[s.name]).sum()
-        share = unclipped * ((1 + 2 * gates.floor) * s.unit_parameters / total_parameters)
-        slopes[s.kind] = slopes.get(s.kind, 0) + share
+    slopes = gates.shares(
+        lambda logits: (1 + 2 * gates.floor) * torch.sigmoid(threshold - logits), total_parameters
+    )
     return {kind: exact[kind].detach() + s - s.detach() for kind, s in slopes.items()}
 
 
