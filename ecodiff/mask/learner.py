@@ -119,7 +119,7 @@ class Learner:
         patience, last = self.settings.patience, len(history) / self.settings.iterations
         if patience is None or len(history) < patience:
             return False
-        if self.objective.target(last) < self.objective.target(1.0):  # NaN where nothing is aimed at
+        if self.objective.target(last) < self.objective.target(1.0):  # false for NaN
             return False
         return sum(row["changed"] for row in history[-patience:]) <= SETTLED
 
