@@ -21,6 +21,11 @@ include: "workflow/rules/report.smk"
 include: "workflow/rules/toys.smk"
 
 
+if run.ablations:
+
+    include: "workflow/rules/ablations.smk"
+
+
 localrules:
     all,
     config,

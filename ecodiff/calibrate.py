@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -48,10 +48,31 @@ class Calibration:
     call: Call
     fingerprint: str
 
-    def batch(self, indices: Sequence[int]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """Embeddings, starting noise and z0 of some prompts, in the given order."""
+    def batch(
+        self, indices: Sequence[int], device: torch.device | str = "cpu"
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Embeddings, starting noise and z0 of some prompts, in the given order, on a device."""
         rows = torch.as_tensor(indices)
-        return {k: v[rows] for k, v in self.embeds.items()}, self.noise[rows], self.z0[rows]
+        embeds = {key: value[rows].to(device) for key, value in self.embeds.items()}
+        return embeds, self.noise[rows].to(device), self.z0[rows].to(device)
+
+    def first(self, count: int | None) -> Self:
+        """The same of the first prompts alone; None: all. `UserError` when there are fewer."""
+        if count is None:
+            return self
+        if count > len(self.prompts):
+            raise UserError(f"mask.prompts: {count}, but the calibration has {len(self.prompts)}")
+        embeds, noise, z0 = self.batch(range(count))
+        texts = {"prompts": self.prompts[:count], "seeds": self.seeds[:count]}
+        return replace(self, **texts, embeds=embeds, noise=noise, z0=z0)
+
+    def drawn_by(self, pipe: DiffusionPipeline, batch_size: int) -> Tensor:
+        """What `pipe`, pruned or gated, makes of the same prompts and noise: shaped as `z0`."""
+        place, latents = denoiser_of(pipe).device, []
+        for chunk in _chunks(len(self.prompts), batch_size):
+            embeds, noise, _ = self.batch(chunk, place)
+            latents.append(denoise(pipe, embeds, noise, self.call).cpu())
+        return torch.cat(latents)
 
     def check(self, pipe: DiffusionPipeline) -> None:
         """Raise `UserError` when this was recorded from another model than `pipe`."""
@@ -177,10 +198,7 @@ def gather_grams(
         grams.count[name] += len(rows)
 
     with _watched(denoiser, names, add):
-        for chunk in _chunks(len(calibration.prompts), batch_size):
-            embeds, noise, _ = calibration.batch(chunk)
-            embeds = {key: value.to(denoiser.device) for key, value in embeds.items()}
-            denoise(pipe, embeds, noise.to(denoiser.device), calibration.call)
+        calibration.drawn_by(pipe, batch_size)
     return grams
 
 

@@ -300,6 +300,29 @@ def mask_cost(
     write_manifest(out, "evaluate.mask_cost", {"model": model, **chosen.model_dump()})
 
 
+@evaluate.command()
+def mask_error(
+    model: Model,
+    record: Record,
+    out: Out,
+    mask: Annotated[list[Path], typer.Option(help="What `ecodiff mask` wrote; repeatable.")],
+    sparsity: Annotated[list[float], typer.Option(help="Where its scores are cut; repeatable.")],
+    batch_size: Batch = 8,
+    load: Load = None,
+) -> None:
+    """Measure how far masks move the final latents, without cutting; named after their folders."""
+    from ecodiff.calibrate import Calibration
+    from ecodiff.evaluate.mask_error import mask_error as measure
+    from ecodiff.mask import Mask
+
+    masks = {path.parent.name: Mask.load(path) for path in mask}
+    pipe = _load(model, load, encoders=False)
+    found = measure(pipe, Calibration.load(record), masks, sparsity, batch_size)
+    with atomic(out) as file:
+        found.to_csv(file, index=False)
+    write_manifest(out, "evaluate.mask_error", {"model": model, "record": str(record)})
+
+
 @report.command()
 def tables(run: Run) -> None:
     """Write the main table as csv, markdown and LaTeX to <run>/tables."""
@@ -322,6 +345,14 @@ def figures(
     for name in only or FIGURES:
         for model in results.variants:
             draw(name, results, model, run / "figures")
+
+
+@report.command()
+def ablations(run: Run) -> None:
+    """Write table and figure of what each setting of mask learning does."""
+    from ecodiff.report.ablations import ablation_table, write_ablations
+
+    write_ablations(ablation_table(load_config(run / "config.yaml"), run), run)
 
 
 @report.command()

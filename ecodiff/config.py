@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from ecodiff.ablations import Ablation, AblationSettings
 from ecodiff.errors import UserError
 from ecodiff.settings import (
     CalibrateSettings,
@@ -42,6 +43,7 @@ from ecodiff.settings import (
 )
 
 __all__ = [
+    "AblationSettings",
     "CalibrateSettings",
     "CallSettings",
     "Config",
@@ -184,6 +186,8 @@ class Config(Settings):
     generate: GenerateSettings = GenerateSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     report: ReportSettings = ReportSettings()
+    ablations: AblationSettings | None = None
+    """null: none."""
 
     @model_validator(mode="before")
     @classmethod
@@ -205,6 +209,8 @@ class Config(Settings):
         wanted = {"calibrate": self.calibrate.prompts, "evaluate": self.evaluate.prompts}
         for kind in ("lora", "full"):
             wanted[f"retrain.{kind}"] = getattr(self.retrain, kind).prompts or wanted["calibrate"]
+        if self.ablations:
+            wanted["ablations"] = self.ablations.prompts
         for section, name in wanted.items():
             if name not in self.prompts:
                 raise ValueError(
@@ -218,6 +224,22 @@ class Config(Settings):
             if times > 1:
                 raise ValueError(f"variants: {name} is named twice for {model}")
         return self
+
+    @model_validator(mode="after")
+    def _ablations_are_possible(self) -> Config:
+        for model in self.models:
+            try:
+                names = Counter(point.name for point in self.ablations_of(model))
+            except ValidationError as error:
+                raise ValueError(f"ablations.vary: {explain(error, MaskSettings)}") from None
+            name, times = names.most_common(1)[0] if names else ("", 0)
+            if times > 1:
+                raise ValueError(f"ablations.vary: {name} is named twice")
+        return self
+
+    def ablations_of(self, model: str) -> list[Ablation]:
+        """The points of a model's sweep; none without the section."""
+        return self.ablations.points(self.models[model].mask) if self.ablations else []
 
     def variants_of(self, model: str) -> list[Variant]:
         """The variants of a model, the dense one first."""

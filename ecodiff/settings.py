@@ -135,6 +135,8 @@ class MaskSettings(Settings):
     """Iterations over which learning rates rise to their full value."""
     noise_floor: NonNegativeFloat = 0.1
     """Added to the uniform noise of the gates; 0 is the hard concrete distribution itself."""
+    prompts: PositiveInt | None = None
+    """How many of the calibration prompts to learn from, the first ones; null: all."""
     iterations: PositiveInt = 100
     """Updates of the logits."""
     patience: PositiveInt | None = None

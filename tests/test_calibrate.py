@@ -35,6 +35,18 @@ def test_a_batch_holds_the_rows_asked_for_in_order(recorded):
         torch.testing.assert_close(embeds[key], value[[2, 0]])
 
 
+def test_the_first_prompts_alone(recorded):
+    _, calibration = recorded
+    first = calibration.first(2)
+    assert (first.prompts, first.seeds) == (PROMPTS[:2], SEEDS[:2])
+    torch.testing.assert_close(first.z0, calibration.z0[:2])
+    assert calibration.first(None) is calibration
+    with pytest.raises(
+        UserError, match=rf"mask.prompts: 9, but the calibration has {len(PROMPTS)}"
+    ):
+        calibration.first(9)
+
+
 def test_a_saved_calibration_comes_back_whole(recorded, tmp_path):
     _, calibration = recorded
     calibration.save(tmp_path / "calibration.safetensors")

@@ -89,6 +89,19 @@ def test_variants_can_be_of_some_models_only():
         ),
         ({"evaluate": {"prompts": "no"}}, ["evaluate.prompts", "'no'", "calibration"]),
         ({"retrain": {"lora": {"prompts": "no"}}}, ["retrain.lora.prompts", "'no'"]),
+        ({"ablations": {"prompts": "no", "vary": {}}}, ["ablations.prompts", "'no'"]),
+        (
+            {"ablations": {"prompts": "evaluation", "vary": {"bacth": [2]}}},
+            ["ablations.vary: bacth: unknown key; did you mean batch?"],
+        ),
+        (
+            {"ablations": {"prompts": "evaluation", "vary": {"batch": [0]}}},
+            ["ablations.vary: batch: should be greater than 0, not 0"],
+        ),
+        (
+            {"ablations": {"prompts": "evaluation", "vary": {"batch": [2, 2]}}},
+            ["ablations.vary: batch-2 is named twice"],
+        ),
         ({"retrain": {"lora": {"kind": "full"}}}, ["kind must be the name of its section"]),
         (
             {"prompts": {"calibration": {"source": "gcc", "count": 1}, "evaluation": SET}},

@@ -115,6 +115,16 @@ def test_toys_are_trained_only_when_asked(place):
     assert counts == {"toy": 4, "toys": 1}
 
 
+def test_ablations_learn_a_mask_a_point_and_judge_them_in_one_job(place, demo):
+    config = load_config(ROOT / "config/config.yaml")
+    points = len(config.ablations_of("toy-sdxl"))
+    counts, _ = planned(place, ROOT / "config/config.yaml", "ablations")
+    assert counts["ablation"] == 2 * points
+    assert counts["mask_error"] == 2
+    assert "generate" not in counts
+    assert "ablation" not in demo[0]
+
+
 def test_grams_are_gathered_only_for_compensation(place, tmp_path):
     variants = [{"method": "ecodiff", "sparsities": [0.1]}]
     counts, _ = planned(place, write_config(tmp_path, variants=variants))

@@ -39,7 +39,8 @@ class Learner:
         settings: MaskSettings,
         sparsity: float,
     ) -> None:
-        self.pipe, self.calibration, self.settings = pipe, calibration, settings
+        self.pipe, self.settings = pipe, settings
+        self.calibration = calibration.first(settings.prompts)
         self.denoiser, self.sparsity = denoiser_of(pipe), sparsity
         self.workers = Workers(self.denoiser.device)
         keep = settings.keep_steps
@@ -57,7 +58,7 @@ class Learner:
         ]
         self.optimiser = optimiser_of(groups)
         self.objective = _objective(settings, sparsity, structures, self.total)
-        self.variance = calibration.z0.float().var().item()
+        self.variance = self.calibration.z0.float().var().item()
 
     def info(self, history: list[dict[str, float]]) -> dict[str, Any]:
         """What a state holds beside logits and moments."""
@@ -133,13 +134,10 @@ class Learner:
 
     def _backward(self, rows: list[int], generator: torch.Generator) -> float:
         """Add the gradient of one batch's share of the mean distortion; returns its distortion."""
-        device = self.denoiser.device
         own = self.workers.own(len(rows))
         self.gates.draw(len(rows), generator, own)
         rows = rows[own]
-        embeds, noise, dense = self.calibration.batch(rows)
-        embeds = {key: value.to(device) for key, value in embeds.items()}
-        noise, dense = noise.to(device), dense.to(device)
+        embeds, noise, dense = self.calibration.batch(rows, self.denoiser.device)
         steps: list[DenseStep] = []
         if self.settings.loss == "per-step":
             steps = dense_steps(self.pipe, embeds, noise, self.calibration.call)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from itertools import cycle
 from pathlib import Path
+from typing import Literal
 
 import matplotlib
 
@@ -60,7 +61,7 @@ def quality(results: Results, model: str) -> Figure:
         axis.set(title=metric.title, ylabel=metric.name, xlabel=REMOVED)
         axis.set_xticks(_at_most(10, sorted({variant.percent for variant in variants[1:]})))
         if metric.key == "latent_error":
-            _decades(axis)
+            decades(axis, "y")
     _legend(axes.flat[0], list(axes.flat[len(shown) :]), figure)
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.12)
     figure.suptitle(f"{model}: quality against sparsity", fontsize=13)
@@ -128,7 +129,7 @@ def learning(results: Results, model: str) -> Figure:
     )
     for axis in axes[:2]:
         axis.set_xlabel("Iteration of mask learning")
-    _decades(axes[0])
+    decades(axes[0], "y")
     for variant in retrained:
         curve = results.retraining(model, variant)
         smooth = curve["loss"].rolling(20, min_periods=1).mean()
@@ -191,9 +192,14 @@ def draw(name: str, results: Results, model: str, folder: Path) -> None:
     if name not in FIGURES:
         raise UserError(f"figure: {name!r} is not one of {', '.join(FIGURES)}")
     figure = FIGURES[name](results, model)
+    save(figure, folder / f"{name}-{model}")
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure to `<path>.png` and `<path>.pdf`, and close it."""
     for suffix in ("png", "pdf"):
-        with atomic(folder / f"{name}-{model}.{suffix}") as path:
-            figure.savefig(path)
+        with atomic(path.with_name(f"{path.name}.{suffix}")) as file:
+            figure.savefig(file)
     plt.close(figure)
 
 
@@ -227,15 +233,16 @@ def _at_most(count: int, values: list[int]) -> list[int]:
     return values[:: -(-len(values) // count)] if values else []
 
 
-def _decades(axis: Axes) -> None:
-    """A logarithmic axis with plain numbers."""
-    axis.set_yscale("log")
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    low, high = axis.get_ylim()
-    if high / low < 20:
-        axis.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    else:
-        axis.yaxis.set_minor_formatter(NullFormatter())
+def decades(axis: Axes, which: Literal["x", "y"]) -> None:
+    """Make one axis logarithmic, with plain numbers."""
+    axis.set(**{f"{which}scale": "log"})
+    ticks = axis.xaxis if which == "x" else axis.yaxis
+    low, high = ticks.get_view_interval()
+    few = high / low < 20
+    ticks.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ticks.set_minor_formatter(
+        FuncFormatter(lambda value, _: f"{value:g}") if few else NullFormatter()
+    )
 
 
 def _legend(source: Axes, free: list[Axes], figure: Figure) -> None:

@@ -58,7 +58,7 @@ class Results:
 
     def mask_cost(self, model: str) -> pd.DataFrame:
         """What `evaluate mask-cost` found."""
-        return _csv(self.folder / model / "mask_cost.csv")
+        return read_csv(self.folder / model / "mask_cost.csv")
 
     def sparsity(self, model: str, variant: Variant) -> float:
         """The exact share of the denoiser's parameters that a variant's mask removes."""
@@ -74,11 +74,11 @@ class Results:
     def learning(self, model: str, variant: Variant) -> pd.DataFrame:
         """How the mask of a variant was learned; no rows when it wasn't, or with another one."""
         path = self.folder / model / "masks" / variant.mask / "history.csv"
-        return _csv(path) if path.exists() else pd.DataFrame(columns=["iteration"])
+        return read_csv(path) if path.exists() else pd.DataFrame(columns=["iteration"])
 
     def retraining(self, model: str, variant: Variant) -> pd.DataFrame:
         """How a variant was retrained."""
-        return _csv(self.folder / model / variant.name / "model" / "history.csv")
+        return read_csv(self.folder / model / variant.name / "model" / "history.csv")
 
     def captions(self) -> pd.Series:
         """The evaluation prompts by their index."""
@@ -122,7 +122,8 @@ def _json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read: {error}") from error
 
 
-def _csv(path: Path) -> pd.DataFrame:
+def read_csv(path: Path) -> pd.DataFrame:
+    """A table that a stage left; `UserError` when it is missing or damaged."""
     try:
         return pd.read_csv(path)
     except (OSError, ValueError) as error:

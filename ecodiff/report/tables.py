@@ -71,13 +71,13 @@ def write_tables(table: pd.DataFrame, folder: Path, published: Path | None = Non
         UserError: there is no such csv.
     """
     shown = readable(table, _measured(table, COLUMNS))
-    text = f"# Results\n\n{_markdown(shown)}"
+    text = f"# Results\n\n{markdown(shown)}"
     if published is not None:
         try:
             theirs = pd.read_csv(published, dtype=str).fillna("-")
         except (OSError, ValueError) as error:
             raise UserError(f"report.published: {published} cannot be read: {error}") from error
-        text += f"\n# Published results, for comparison\n\n{_markdown(theirs)}"
+        text += f"\n# Published results, for comparison\n\n{markdown(theirs)}"
     write_text(folder / "main.csv", table.to_csv(index=False))
     write_text(folder / "main.md", text)
     write_text(folder / "main.tex", _latex(shown))
@@ -109,7 +109,8 @@ def _measured(table: pd.DataFrame, columns: Sequence[Quantity]) -> list[Quantity
     return [column for column in columns if table[column.key].notna().any()]
 
 
-def _markdown(table: pd.DataFrame) -> str:
+def markdown(table: pd.DataFrame) -> str:
+    """A table of text as GitHub shows it."""
     lines = [table.columns, ["---"] * table.shape[1], *table.itertuples(index=False)]
     return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
 

@@ -79,9 +79,8 @@ def _losses(
     """Return the training loss and the distance to the teacher on a random batch."""
     denoiser = denoiser_of(pipe)
     rows = torch.randperm(len(calibration.prompts), generator=generator)[: settings.batch]
-    embeds, start, z0 = calibration.batch(rows)
-    embeds = {key: value.to(denoiser.device) for key, value in embeds.items()}
-    prepared = conditioned(pipe, embeds, start.to(denoiser.device), calibration.call)
+    embeds, start, z0 = calibration.batch(rows, denoiser.device)
+    prepared = conditioned(pipe, embeds, start, calibration.call)
     learned = objective(pipe.scheduler)
     timesteps = learned.draw(len(rows), generator).to(denoiser.device)
     noise = torch.randn(z0.shape, generator=generator).to(denoiser.device)

@@ -23,6 +23,7 @@ config = run.model_dump(mode="json")
 RESULTS = f"results/{run.run}"
 VARIANTS = [(model, variant) for model in run.models for variant in run.variants_of(model)]
 PRUNED = [(model, variant) for model, variant in VARIANTS if not variant.is_dense]
+ABLATIONS = {model: {a.name: a for a in run.ablations_of(model)} for model in run.models}
 FIGURES = [
     "quality",
     "pictures",
@@ -189,6 +190,17 @@ def shards(model, variant):
 def shards_of_variants(wildcards):
     """The image shards of all variants of a model."""
     return [s for v in run.variants_of(wildcards.model) for s in shards(wildcards.model, v)]
+
+
+def ablation_of(wildcards):
+    """The point of the sweep that the wildcards name."""
+    return ABLATIONS[wildcards.model][wildcards.ablation]
+
+
+def masks_of_ablations(wildcards):
+    """The masks of a model's sweep."""
+    folder = f"{RESULTS}/{wildcards.model}/ablations"
+    return [f"{folder}/{name}/mask.safetensors" for name in ABLATIONS[wildcards.model]]
 
 
 def of_models(file):

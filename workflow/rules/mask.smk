@@ -20,12 +20,13 @@ rule mask:
     params:
         source=lookup(dpath="models/{model}/source", within=config),
         load=settings("models/{model}/load"),
+        percent=lambda wildcards: wildcards.percent,
         settings=settings("models/{model}/mask"),
         launch=launch,
         code=code_hash("mask"),
     shell:
         "{params.launch}ecodiff mask {params.source} {output.mask} --load {params.load:q}"
-        " --method ecodiff --percent {wildcards.percent} --settings {params.settings:q}"
+        " --method ecodiff --percent {params.percent} --settings {params.settings:q}"
         " --calibration {input.calibration} --history {output.history} > {log} 2>&1"
 
 

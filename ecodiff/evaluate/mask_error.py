@@ -1,0 +1,54 @@
+"""How far masks move the final latents: before anything is cut, drawn or saved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import pandas as pd
+from diffusers import DiffusionPipeline
+
+from ecodiff.calibrate import Calibration
+from ecodiff.gates import Gates
+from ecodiff.mask import Mask
+from ecodiff.mask.objective import distortion
+from ecodiff.pipelines import denoiser_of
+from ecodiff.structures import discover
+
+COLUMNS = ("mask", "sparsity", "latent_error")
+
+
+def mask_error(
+    pipe: DiffusionPipeline,
+    record: Calibration,
+    masks: Mapping[str, Mask],
+    sparsities: Sequence[float],
+    batch_size: int,
+) -> pd.DataFrame:
+    """The relative latent error of masked models (EcoDiff, objective), as if they had been pruned.
+
+    Args:
+        pipe: the dense pipeline.
+        record: its latents on prompts that the masks have not seen.
+        masks: name -> mask; its scores are ranked at each sparsity.
+        sparsities: shares of the denoiser's parameters.
+        batch_size: prompts that run together.
+
+    Returns:
+        A row a mask and sparsity: mask, sparsity, latent_error = mean((z0' - z0)^2) / var(z0).
+
+    Raises:
+        UserError: record or mask are of another model, or a sparsity cannot be reached.
+    """
+    record.check(pipe)
+    denoiser = denoiser_of(pipe)
+    gates = Gates(discover(denoiser)).to(denoiser.device)
+    variance = record.z0.double().var(correction=0)
+    rows = []
+    for name, mask in masks.items():
+        for sparsity in sparsities:
+            gates.set(mask.at(pipe, sparsity).kept)
+            with gates.attached(denoiser):
+                latents = record.drawn_by(pipe, batch_size)
+            error = distortion(latents.double(), record.z0.double(), variance)
+            rows.append((name, sparsity, error.item()))
+    return pd.DataFrame(rows, columns=[*COLUMNS])

@@ -1,0 +1,107 @@
+"""What each setting of mask learning does: one table and one figure. Imports no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from ecodiff.ablations import DEFAULT
+from ecodiff.artifacts import write_text
+from ecodiff.config import Config
+from ecodiff.errors import UserError
+from ecodiff.report.figures import decades, save
+from ecodiff.report.results import read_csv
+from ecodiff.report.tables import markdown
+
+COLUMNS = ["model", "setting", "value", "sparsity", "latent_error", "seconds"]
+
+
+def ablation_table(config: Config, run: Path) -> pd.DataFrame:
+    """A row a model, point of the sweep and sparsity.
+
+    Returns:
+        model, setting, value (str; the default's is empty), sparsity (at which it is judged),
+        latent_error (relative) and seconds (of learning).
+
+    Raises:
+        UserError: the config has no ablations, or a file is missing or damaged.
+    """
+    if config.ablations is None:
+        raise UserError(f"{run / 'config.yaml'}: ablations is null")
+    rows = []
+    for model in config.models:
+        folder = run / model / "ablations"
+        errors = read_csv(folder / "mask_error.csv").set_index(["mask", "sparsity"])["latent_error"]
+        for point in config.ablations_of(model):
+            seconds = read_csv(folder / point.name / "history.csv")["seconds"].sum()
+            value = "" if point.setting == DEFAULT else str(point.value)
+            for sparsity, error in errors[point.name].items():
+                rows.append([model, point.setting, value, sparsity, error, seconds])
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def write_ablations(table: pd.DataFrame, run: Path) -> None:
+    """Write `tables/ablations.csv` and `.md`, `figures/ablations.png` and `.pdf`."""
+    write_text(run / "tables/ablations.csv", table.to_csv(index=False))
+    text = "".join(
+        f"# Mask learning on {model}, one setting changed at a time\n\n{markdown(readable(rows))}\n"
+        for model, rows in table.groupby("model", sort=False)
+    )
+    write_text(run / "tables/ablations.md", text)
+    save(draw(table), run / "figures/ablations")
+
+
+def readable(table: pd.DataFrame) -> pd.DataFrame:
+    """One model's rows with the sparsities side by side."""
+    keys = ["setting", "value", "seconds"]
+    wide = table.pivot_table(values="latent_error", index=keys, columns="sparsity", sort=False)
+    shown = pd.DataFrame({"Setting": wide.index.get_level_values("setting")})
+    shown["Value"] = wide.index.get_level_values("value")
+    for sparsity in wide.columns:
+        shown[f"Latent error at {sparsity:.0%}"] = [f"{e:.4f}" for e in wide[sparsity]]
+    shown["Learning (s)"] = [f"{s:.0f}" for s in wide.index.get_level_values("seconds")]
+    return shown
+
+
+def draw(table: pd.DataFrame) -> Figure:
+    """A panel a model, a row a point of the sweep, a marker a sparsity; lines at the default."""
+    labels = [f"{s} {v}".strip().replace("_", " ") for s, v in zip(*_points(table), strict=True)]
+    models, sparsities = table["model"].unique(), table["sparsity"].unique()
+    shades = plt.get_cmap("viridis")
+    figure, axes = plt.subplots(
+        1,
+        len(models),
+        figsize=(2 + 4 * len(models), 1.4 + 0.25 * len(labels)),
+        sharey=True,
+        squeeze=False,
+    )
+    for axis, model in zip(axes[0], models, strict=True):
+        for number, sparsity in enumerate(sparsities):
+            chosen = table[(table["model"] == model) & (table["sparsity"] == sparsity)]
+            errors = chosen["latent_error"].tolist()
+            shade = shades(0.85 * number / max(1, len(sparsities) - 1))
+            axis.plot(errors, range(len(errors)), "o", color=shade, label=f"{sparsity:.0%} removed")
+            axis.axvline(errors[0], color=shade, linestyle=":", linewidth=1)
+        axis.set(title=model, xlabel="Relative latent error")
+        decades(axis, "x")
+    settings = _points(table)[0]
+    for row in range(1, len(settings)):
+        if settings[row] != settings[row - 1]:
+            for axis in axes[0]:
+                axis.axhline(row - 0.5, color="#cccccc", linewidth=0.8)
+    axes[0][0].set_yticks(range(len(labels)), labels)
+    axes[0][0].invert_yaxis()
+    figure.legend(
+        *axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(sparsities)
+    )
+    figure.suptitle("Mask learning, one setting changed at a time (dotted: default)", fontsize=12)
+    return figure
+
+
+def _points(table: pd.DataFrame) -> tuple[list[str], list[str]]:
+    """Settings and values of the sweep, in its order."""
+    points = table.drop_duplicates(["setting", "value"])
+    return points["setting"].tolist(), points["value"].tolist()

@@ -1,0 +1,41 @@
+import copy
+
+import pytest
+from tiny import CALLS, tiny
+
+from ecodiff import prune
+from ecodiff.calibrate import calibrate
+from ecodiff.errors import UserError
+from ecodiff.evaluate.mask_error import mask_error
+from ecodiff.mask import make_mask
+from ecodiff.pipelines import denoise
+from ecodiff.settings import MaskSettings
+
+PROMPTS = ["a red circle", "a blue square", "a small red ring"]
+
+
+@pytest.mark.parametrize("family", ["sdxl", "flux"])
+def test_the_error_is_that_of_the_model_that_is_really_pruned(family):
+    pipe = tiny(family)
+    record = calibrate(pipe, PROMPTS, [0, 1, 2], CALLS[family], batch_size=3)
+    masks = {
+        f"of seed {s}": make_mask(pipe, "random", 0.1, settings=MaskSettings(seed=s))[0]
+        for s in (0, 1)
+    }
+    found = mask_error(pipe, record, masks, [0.05, 0.1], batch_size=2)
+    assert [*zip(found["mask"], found["sparsity"], strict=True)] == [
+        (name, sparsity) for name in masks for sparsity in (0.05, 0.1)
+    ]
+    for name, sparsity, error in found.itertuples(index=False):
+        cut = copy.deepcopy(pipe)
+        prune(cut, masks[name].at(cut, sparsity))
+        z0 = denoise(cut, record.embeds, record.noise, record.call)
+        exact = (z0 - record.z0).square().sum() / (record.z0 - record.z0.mean()).square().sum()
+        assert error == pytest.approx(exact.item(), rel=1e-3)
+        assert error > 1e-4
+
+
+def test_a_record_of_another_model_is_refused():
+    record = calibrate(tiny("flux", 1), PROMPTS, [0, 1, 2], CALLS["flux"], batch_size=3)
+    with pytest.raises(UserError, match="another model"):
+        mask_error(tiny("flux"), record, {}, [0.1], batch_size=2)

@@ -1,0 +1,91 @@
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from matplotlib import pyplot as plt
+
+from ecodiff.config import Config, load_config
+from ecodiff.errors import UserError
+from ecodiff.report.ablations import ablation_table, draw, readable, write_ablations
+
+CALL = {"num_inference_steps": 4, "height": 64, "width": 64}
+ERRORS = {"default": (0.1, 0.2), "batch-3": (0.3, 0.4), "loss-per-step": (0.5, 0.6)}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> tuple[Config, Path]:
+    """A sweep of two models as the stages would have left it; `b` errs twice as much as `a`."""
+    for scale, model in enumerate("ab", start=1):
+        rows = [
+            (name, sparsity, scale * error)
+            for name, errors in ERRORS.items()
+            for sparsity, error in zip((0.1, 0.2), errors, strict=True)
+        ]
+        folder = tmp_path / model / "ablations"
+        for number, name in enumerate(ERRORS):
+            (folder / name).mkdir(parents=True)
+            pd.DataFrame({"seconds": [number, 10]}).to_csv(folder / name / "history.csv")
+        table = pd.DataFrame(rows, columns=["mask", "sparsity", "latent_error"])
+        table.to_csv(folder / "mask_error.csv", index=False)
+    config = load_config(
+        {
+            "run": "test",
+            "models": {name: {"source": name, "call": CALL} for name in "ab"},
+            "variants": [],
+            "prompts": {
+                name: {"source": "shapeworld", "count": 4}
+                for name in ("calibration", "evaluation", "validation")
+            },
+            "ablations": {
+                "prompts": "validation",
+                "judged_at": [0.1, 0.2],
+                "vary": {"batch": [3], "loss": ["per-step"]},
+            },
+        }
+    )
+    return config, tmp_path
+
+
+def test_a_row_a_model_point_and_sparsity(run: tuple[Config, Path]) -> None:
+    table = ablation_table(*run)
+    assert len(table) == 2 * 3 * 2
+    found = table.set_index(["model", "setting", "value", "sparsity"]).loc[("b", "batch", "3", 0.2)]
+    assert found["latent_error"] == 0.8
+    assert found["seconds"] == 11
+
+
+def test_sparsities_stand_side_by_side(run: tuple[Config, Path]) -> None:
+    table = ablation_table(*run)
+    shown = readable(table[table["model"] == "a"])
+    assert shown.to_numpy().tolist() == [
+        ["default", "", "0.1000", "0.2000", "10"],
+        ["batch", "3", "0.3000", "0.4000", "11"],
+        ["loss", "per-step", "0.5000", "0.6000", "12"],
+    ]
+
+
+def test_the_figure_has_a_panel_a_model_and_a_marker_a_number(run: tuple[Config, Path]) -> None:
+    figure = draw(ablation_table(*run))
+    assert [axis.get_title() for axis in figure.axes] == ["a", "b"]
+    drawn = [line for line in figure.axes[1].get_lines() if line.get_marker() == "o"]
+    assert [line.get_xdata().tolist() for line in drawn] == [[0.2, 0.6, 1.0], [0.4, 0.8, 1.2]]
+    names = [tick.get_text() for tick in figure.axes[0].get_yticklabels()]
+    assert names == ["default", "batch 3", "loss per-step"]
+    plt.close(figure)
+
+
+def test_tables_and_figures_are_written(run: tuple[Config, Path]) -> None:
+    write_ablations(ablation_table(*run), run[1])
+    assert "| batch | 3 | 0.3000 |" in (run[1] / "tables/ablations.md").read_text()
+    assert len(pd.read_csv(run[1] / "tables/ablations.csv")) == 12
+    for suffix in ("png", "pdf"):
+        assert (run[1] / f"figures/ablations.{suffix}").stat().st_size > 1000
+
+
+def test_what_is_missing_is_named(run: tuple[Config, Path]) -> None:
+    config, folder = run
+    (folder / "b/ablations/batch-3/history.csv").unlink()
+    with pytest.raises(UserError, match=r"b/ablations/batch-3/history.csv"):
+        ablation_table(config, folder)
+    with pytest.raises(UserError, match="ablations is null"):
+        ablation_table(config.model_copy(update={"ablations": None}), folder)
