@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as run_again_in_backward
 
+from ecodiff.errors import UserError
 from ecodiff.families import runs_per_step
 from ecodiff.pipelines import Call, call_arguments, denoiser_of, quiet
 
@@ -27,6 +28,7 @@ def rollout(
     call: Call,
     checkpoint: bool = True,
     keep_steps: int = 0,
+    debug: bool = False,
 ) -> Tensor:
     """Run the pipeline's own loop from noise to z0, differentiably (EcoDiff, time-step gradient
     checkpointing).
@@ -37,7 +39,8 @@ def rollout(
     Gradients equal full backpropagation. Wrap this *and* the backward pass in `frozen`, which
     spares the gradients of weights.
 
-    Returns z0 with the shape and dtype of `noise`.
+    Returns z0 with the shape and dtype of `noise`. With `debug`, the backward pass raises
+    `UserError` when a step, computed again, does not give its first prediction to the bit.
     """
     denoiser = denoiser_of(pipe)
     forward, runs, called = denoiser.forward, runs_per_step(pipe, embeds), 0
@@ -47,6 +50,8 @@ def rollout(
         called += 1
         if called > runs * (len(pipe.scheduler.timesteps) - keep_steps):
             return forward(*args, **kwargs)
+        if debug:
+            return recompute(_repeatable(forward, called), *args, early_stop=False, **kwargs)
         return recompute(forward, *args, **kwargs)
 
     # Only the denoiser is wrapped: the scheduler's scaling and step counter stay outside, so a
@@ -93,6 +98,25 @@ def dense_steps(
     with quiet(pipe), replaced_forward(denoiser_of(pipe), record):
         pipe(**call_arguments(pipe, embeds, noise, call))
     return steps
+
+
+def _repeatable(forward: Callable[..., Any], number: int) -> Callable[..., Any]:
+    """A denoiser's forward that fails when its second prediction is not its first."""
+    first: list[Tensor] = []
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        prediction = _prediction(output).detach()
+        if first and not torch.equal(first[0], prediction):
+            difference = (first[0] - prediction).abs().max().item()
+            raise UserError(
+                f"mask.debug: step {number}, computed again, differs by up to {difference:.3g};"
+                " something in the model is random or keeps a state"
+            )
+        first.append(prediction)
+        return output
+
+    return call
 
 
 def _prediction(output: Any) -> Tensor:

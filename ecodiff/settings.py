@@ -159,6 +159,9 @@ class MaskSettings(Settings):
     `auto`: as many as `memory_mb` allows."""
     memory_mb: PositiveInt | None = None
     """keep_steps auto: memory that activations may take; null: most of what is free."""
+    debug: bool = False
+    """With checkpoint: fail unless each step that is computed again gives what it gave at first,
+    to the bit."""
     scope: Literal["global", "structure"] = "global"
     """Rank units across all structures, or remove the same share of each."""
     min_units: NonNegativeInt = 0

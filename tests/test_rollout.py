@@ -12,6 +12,7 @@ from diffusers import (
 )
 from tiny import tiny_flux, tiny_sdxl
 
+from ecodiff.errors import UserError
 from ecodiff.gates import Gates
 from ecodiff.pipelines import denoise, denoiser_of, encode, starting_noise
 from ecodiff.rollout import frozen, rollout
@@ -88,6 +89,23 @@ def test_recomputed_steps_see_the_stored_latents(scheduled):
     assert len(recomputed) == 3
     for latent, again in zip(stored, reversed(recomputed), strict=True):
         torch.testing.assert_close(latent, again, rtol=0, atol=0)
+
+
+def test_debug_finds_every_recomputed_step_equal_and_changes_nothing(scheduled):
+    plain = gate_gradients(scheduled)
+    assert torch.equal(gate_gradients(scheduled, debug=True), plain)
+
+
+def test_debug_finds_a_step_that_is_not_the_same_again(pipe):
+    last = pipe.unet.conv_out if hasattr(pipe, "unet") else pipe.transformer.proj_out
+    noise = torch.Generator().manual_seed(0)
+    handle = last.register_forward_hook(
+        lambda _, args, out: out + 1e-6 * torch.randn(out.shape, generator=noise)
+    )
+    gate_gradients(pipe)  # nothing is noticed
+    with pytest.raises(UserError, match=r"mask\.debug: step 3, computed again, differs by up to"):
+        gate_gradients(pipe, debug=True)
+    handle.remove()
 
 
 def test_kept_steps_are_not_recomputed(pipe):

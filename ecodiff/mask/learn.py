@@ -40,7 +40,8 @@ COLUMNS = (
     "changed",
     "seconds",
 )
-COST_ONLY = {"checkpoint", "keep_steps", "memory_mb", "save_every"}  # settings; no mask changes
+# Settings that change what learning costs, and no mask.
+COST_ONLY = {"checkpoint", "keep_steps", "memory_mb", "save_every", "debug"}
 
 log = logging.getLogger(__name__)
 

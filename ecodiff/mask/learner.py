@@ -156,9 +156,9 @@ class Learner:
 
     def _end_to_end(self, embeds: dict[str, Tensor], noise: Tensor, dense: Tensor) -> Tensor:
         """The distance of the final latents (EcoDiff, "end-to-end objective")."""
-        call, checkpoint = self.calibration.call, self.settings.checkpoint
+        call, settings = self.calibration.call, self.settings
         keep = self._keep_steps(embeds, noise)
-        z0 = rollout(self.pipe, embeds, noise, call, checkpoint, keep)
+        z0 = rollout(self.pipe, embeds, noise, call, settings.checkpoint, keep, settings.debug)
         return distortion(z0, dense, self.variance)
 
     def _keep_steps(self, embeds: dict[str, Tensor], noise: Tensor) -> int:
