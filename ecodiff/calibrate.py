@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ecodiff.artifacts import atomic
 from ecodiff.errors import UserError
+from ecodiff.families import runs_per_step
 from ecodiff.pipelines import Call, denoise, denoiser_of, encode, fingerprint, starting_noise
 from ecodiff.structures import Structure
 
@@ -136,13 +137,13 @@ class Grams:
     Attributes:
         gram: X^T X, (in, in), over all tokens, prompts, guidance branches and denoising steps.
         total: the sum of X over the same, (in,).
-        count: how many rows X has.
+        count: how many rows X has; steps may be weighted.
         fingerprint: of the dense model.
     """
 
     gram: dict[str, Tensor]
     total: dict[str, Tensor]
-    count: dict[str, int]
+    count: dict[str, float]
     fingerprint: str
 
     def check(self, pipe: DiffusionPipeline) -> None:
@@ -171,11 +172,13 @@ def gather_grams(
     structures: Iterable[Structure],
     calibration: Calibration,
     batch_size: int,
+    weight: Callable[[int, int], float] = lambda step, steps: 1.0,
 ) -> Grams:
     """Run the dense model once more and gather the moments of each consumer's input.
 
     Products are float32, sums float64 unless they would take more than 8 GB, on the model's device.
-    Raises `UserError` when the calibration is of another model.
+    `weight` says how much a step counts: (which one, of how many) -> its factor. Raises `UserError`
+    when the calibration is of another model.
     """
     calibration.check(pipe)
     denoiser = denoiser_of(pipe)
@@ -190,12 +193,16 @@ def gather_grams(
         fingerprint=calibration.fingerprint,
     )
 
+    calls, runs = dict.fromkeys(names, 0), runs_per_step(pipe, calibration.embeds)
+
     def add(name: str, layer: nn.Module, args: tuple[Any, ...]) -> None:
         x = args[0].movedim(1, -1) if isinstance(layer, nn.Conv2d) else args[0]
-        rows = x.flatten(0, -2).float()
-        grams.gram[name] += rows.T @ rows
-        grams.total[name] += rows.sum(0)
-        grams.count[name] += len(rows)
+        rows, steps = x.flatten(0, -2).float(), len(pipe.scheduler.timesteps)
+        factor = weight(calls[name] // runs % steps, steps)
+        calls[name] += 1
+        grams.gram[name] += factor * (rows.T @ rows)
+        grams.total[name] += factor * rows.sum(0)
+        grams.count[name] += factor * len(rows)
 
     with _watched(denoiser, names, add):
         calibration.drawn_by(pipe, batch_size)

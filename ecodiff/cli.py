@@ -121,10 +121,10 @@ def grams(
 def mask(
     model: Model,
     out: Out,
-    method: Annotated[str, typer.Option(help="ecodiff, magnitude or random.")],
+    method: Annotated[str, typer.Option(help="ecodiff, or one of its peers; docs/methods.md.")],
     percent: Annotated[int, typer.Option(min=0, max=100, help="Parameters to remove.")],
     settings: Settings = None,
-    calibration: Annotated[Path | None, typer.Option(help="ecodiff: learn on this.")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="What methods look at.")] = None,
     history: Annotated[Path | None, typer.Option(help="Write the learning curve.")] = None,
     load: Load = None,
 ) -> None:

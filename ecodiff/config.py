@@ -156,7 +156,7 @@ class Variant:
         if match is None:
             raise UserError(
                 f"variant {name!r}: expected dense or "
-                "(ecodiff|magnitude|random)-<percent>[-comp][-lora|-full]"
+                f"({'|'.join(get_args(Method))})-<percent>[-comp][-lora|-full]"
             )
         if match["method"] is None:
             return cls()
@@ -165,7 +165,7 @@ class Variant:
 
 
 VARIANT_NAME = re.compile(
-    r"dense|(?P<method>ecodiff|magnitude|random)-(?P<percent>[1-9]\d?)"
+    rf"dense|(?P<method>{'|'.join(get_args(Method))})-(?P<percent>[1-9]\d?)"
     r"(?P<comp>-comp)?(?:-(?P<retrain>lora|full))?"
 )
 

@@ -16,7 +16,19 @@ from pydantic import (
     model_validator,
 )
 
-Method = Literal["ecodiff", "magnitude", "random"]
+Method = Literal[
+    "ecodiff",
+    "per-step",
+    "obs",
+    "wanda",
+    "taylor",
+    "depth",
+    "magnitude",
+    "magnitude-local",
+    "random",
+]
+LEARNED = ("ecodiff", "per-step")  # the others score at once, for all sparsities
+BLIND = ("magnitude", "magnitude-local", "random")  # they look at no data
 RetrainKind = Literal["lora", "full"]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
 Dtype = Literal["float32", "bfloat16", "float16"]

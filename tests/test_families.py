@@ -14,13 +14,14 @@ from torch import nn
 
 import ecodiff
 from ecodiff.calibrate import calibrate, gather_grams
+from ecodiff.denoising_loss import conditioned, objective
 from ecodiff.errors import UserError
 from ecodiff.families import runs_per_step
 from ecodiff.gates import Gates
+from ecodiff.mask import METHODS, peers
 from ecodiff.pipelines import call_arguments, decode, denoise, encode, starting_noise
-from ecodiff.retrain.objective import conditioned, objective
 from ecodiff.rollout import frozen, rollout
-from ecodiff.settings import MaskSettings
+from ecodiff.settings import LEARNED, MaskSettings
 from ecodiff.structures import denoiser_of, discover
 
 PROMPTS = ["a red square", "a small blue ring on navy", "a circle"]  # of different lengths
@@ -45,6 +46,8 @@ PLAIN = {
     "pixart": {"use_resolution_binning": False},
     "sana": {"use_resolution_binning": False},
 }
+# Families whose training loss isn't known.
+UNTRAINED = {"z-image", "sana"}
 # The argument that sets guidance, and the largest value at which it is off.
 GUIDANCE = {"flux": ("true_cfg_scale", 1.0), "qwen": ("true_cfg_scale", 1.0)}
 GUIDANCE["z-image"] = ("guidance_scale", 0.0)
@@ -209,6 +212,23 @@ def test_compensation_stays_finite_and_changes_what_is_left(dense):
     assert (found - masked(dense, kept)).abs().max() > 1e-3
 
 
+def test_every_method_that_scores_at_once_knows_the_family(dense, monkeypatch):
+    monkeypatch.setattr(peers, "TIMESTEPS", 2)
+    record = calibrate(dense.pipe, PROMPTS, SEEDS, dense.call, 3)
+    for method in METHODS.keys() - set(LEARNED):
+        if method == "taylor" and dense.family in UNTRAINED:
+            with pytest.raises(UserError, match="can't be trained"):
+                ecodiff.mask.score(dense.pipe, method, calibration=record)
+            continue
+        found = ecodiff.mask.score(dense.pipe, method, calibration=record)
+        assert found.keys() == {s.name for s in dense.structures}
+        for s in dense.structures:
+            assert found[s.name].shape == (s.units,)
+            assert not found[s.name].isnan().any()
+            known = s.consumers or method not in ("obs", "wanda")
+            assert found[s.name].isfinite().all() or not known or method == "depth"
+
+
 def test_guidance_is_off_where_the_pipeline_says_so(dense):
     scale, threshold = GUIDANCE.get(dense.family, ("guidance_scale", 1.0))
     off, on = ({**dense.call, scale: threshold + more} for more in (0.0, 0.5))
@@ -339,10 +359,10 @@ def test_step_distilled_models_are_pruned_over_their_few_steps(kind, steps, tmp_
 def test_retraining_z_image_is_refused():
     pipe, call = tiny("z-image"), CALLS["z-image"]
     embeds, noise = encode(pipe, PROMPTS, call), starting_noise(pipe, SEEDS, call)
-    with pytest.raises(UserError, match=r"^ZImagePipeline: can't be retrained"):
+    with pytest.raises(UserError, match=r"^ZImagePipeline: can't be trained"):
         conditioned(pipe, embeds, noise, call)
 
 
 def test_retraining_with_a_solver_that_predicts_flow_is_refused():
-    with pytest.raises(UserError, match="flow_prediction can't be retrained"):
+    with pytest.raises(UserError, match="flow_prediction can't be trained"):
         objective(tiny("sana").scheduler)

@@ -1,13 +1,16 @@
 """Masks as files and as the public verbs make them."""
 
+from typing import get_args
+
 import pytest
 import torch
 from tiny import CALLS, tiny
 
 from ecodiff import mask as masks
+from ecodiff.calibrate import calibrate
 from ecodiff.errors import UserError
 from ecodiff.mask import Mask, learn_mask, make_mask, score
-from ecodiff.settings import MaskSettings
+from ecodiff.settings import BLIND, LEARNED, MaskSettings, Method
 from ecodiff.structures import count_parameters, discover
 
 QUICK = MaskSettings(iterations=1, batch=2)
@@ -83,16 +86,21 @@ def test_a_method_of_ones_own_needs_nothing_but_scores(pipe, monkeypatch):
     assert all(kept.tolist() == sorted(kept.tolist()) for kept in mask.kept.values())
 
 
+def test_configs_name_the_methods_that_there_are():
+    assert [*masks.METHODS] == [*get_args(Method)]
+    assert {*LEARNED, *BLIND} < masks.METHODS.keys()
+
+
 def test_an_unknown_method_lists_the_known_ones(pipe):
-    with pytest.raises(UserError, match="ecodiff, magnitude, random"):
-        score(pipe, "taylor")
+    with pytest.raises(UserError, match=r"ecodiff, per-step, obs, .*, random"):
+        score(pipe, "ecodif")
 
 
 def test_learning_needs_a_calibration_and_a_target(pipe):
     with pytest.raises(UserError, match="calibration"):
         score(pipe, "ecodiff")
     with pytest.raises(UserError, match="sparsity"):
-        score(pipe, "ecodiff", calibration=object())
+        score(pipe, "ecodiff", calibration=calibrate(pipe, ["a ring"], [0], CALLS["flux"], 1))
 
 
 def test_an_unreachable_sparsity_fails_before_any_learning(pipe, monkeypatch):

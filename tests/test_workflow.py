@@ -6,12 +6,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pandas as pd
 import pytest
 import yaml
 
 from ecodiff.config import load_config
+from ecodiff.settings import BLIND, Method
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -154,6 +156,15 @@ def test_each_sparsity_can_be_learned_for_itself(place, tmp_path):
 def test_baselines_are_scored_once_for_all_sparsities(demo):
     counts, _ = demo
     assert counts["baseline"] == 2 * len(["magnitude", "random"])
+
+
+def test_every_method_is_planned_with_what_it_looks_at(place, tmp_path):
+    variants = [{"method": method, "sparsities": [0.1, 0.2]} for method in get_args(Method)]
+    _, text = planned(place, write_config(tmp_path, variants=variants), "masks")
+    found = {}
+    for job in [*jobs_of(text, "mask"), *jobs_of(text, "baseline")]:
+        found[re.search(r"masks/([a-z-]+)-20/", job)[1]] = "calibration.safetensors" in job
+    assert found == {method: method not in BLIND for method in get_args(Method)}
 
 
 def test_retraining_may_have_prompts_of_its_own(place, tmp_path):

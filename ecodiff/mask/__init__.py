@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -19,15 +19,13 @@ from torch import Tensor
 from ecodiff.artifacts import atomic
 from ecodiff.calibrate import Calibration, calibrate
 from ecodiff.errors import UserError
-from ecodiff.mask import learn, scores
+from ecodiff.mask.methods import METHODS, Request, Scores, scored
 from ecodiff.mask.select import check_scores, removed_share, select
 from ecodiff.pipelines import denoiser_of
 from ecodiff.settings import MaskSettings
 from ecodiff.structures import Structure, count_parameters, discover
 
 __all__ = ["METHODS", "Mask", "learn_mask", "make_mask", "score", "select"]
-
-Scores = dict[str, Tensor]
 
 
 @dataclass
@@ -88,13 +86,15 @@ def score(
     settings: MaskSettings | None = None,
     sparsity: float | None = None,
 ) -> Scores:
-    """Score every unit with a method of `METHODS`; `ecodiff` needs a calibration.
+    """Score every unit with a method of `METHODS`.
 
     Args:
-        seed: of `random`.
-        calibration: `ecodiff`: what `calibrate` recorded of this model.
-        settings: `ecodiff`: how to learn; its own seed counts.
-        sparsity: `ecodiff` with the objective `budget`: what to aim at.
+        seed: of `random` and `taylor`.
+        calibration: what `calibrate` recorded of this model; all methods but `magnitude`,
+            `magnitude-local` and `random` need it.
+        settings: `ecodiff`, `per-step`: how to learn; their own seed counts. The others read the
+            batch size alone.
+        sparsity: `ecodiff`, `per-step` with the objective `budget`: what to aim at.
 
     Returns:
         Structure name -> fp32 (units,), higher is more important.
@@ -102,8 +102,8 @@ def score(
     Raises:
         UserError: an unknown method, or something that the method needs is missing.
     """
-    request = _Request(seed, settings or MaskSettings(), calibration, sparsity)
-    return _scored(pipe, method, request)[0]
+    request = Request(seed, settings or MaskSettings(), calibration, sparsity)
+    return scored(pipe, method, request)[0]
 
 
 def make_mask(
@@ -126,8 +126,8 @@ def make_mask(
     nothing = {s.name: torch.zeros(s.units) for s in discover(denoiser)}
     # Fails before hours of learning, not after, when the sparsity cannot be reached.
     _selected(pipe, nothing, sparsity, settings)
-    request = _Request(settings.seed, settings, calibration, sparsity, scratch)
-    found, history = _scored(pipe, method, request)
+    request = Request(settings.seed, settings, calibration, sparsity, scratch)
+    found, history = scored(pipe, method, request)
     info = {
         "model": denoiser.config.get("_name_or_path") or type(pipe).__name__,
         "method": method,
@@ -178,49 +178,3 @@ def _selected(
     kept = select(structures, found, sparsity, total, *limits)
     exact = removed_share(structures, kept, total)
     return Mask(found, kept, {**info, "target": sparsity, "sparsity": exact, "parameters": total})
-
-
-@dataclass(frozen=True)
-class _Request:
-    """What a method may need; see `score` and `make_mask`."""
-
-    seed: int
-    settings: MaskSettings
-    calibration: Calibration | None = None
-    sparsity: float | None = None
-    scratch: Path | None = None
-
-
-def _learned(pipe: DiffusionPipeline, request: _Request) -> tuple[Scores, pd.DataFrame]:
-    if request.calibration is None:
-        raise UserError("method ecodiff: needs a calibration of this model")
-    if request.settings.objective == "budget" and request.sparsity is None:
-        raise UserError("method ecodiff: the objective budget needs a sparsity to aim at")
-    target = request.sparsity or 0.0
-    return learn.learn_mask(pipe, request.calibration, request.settings, target, request.scratch)
-
-
-def _magnitude(pipe: DiffusionPipeline, request: _Request) -> tuple[Scores, pd.DataFrame]:
-    return scores.magnitude(denoiser_of(pipe), discover(pipe)), _no_history()
-
-
-def _random(pipe: DiffusionPipeline, request: _Request) -> tuple[Scores, pd.DataFrame]:
-    return scores.random(discover(pipe), request.seed), _no_history()
-
-
-def _no_history() -> pd.DataFrame:
-    return pd.DataFrame(columns=list(learn.COLUMNS))
-
-
-# A method is anything that gives each unit a score; all that comes after is shared.
-METHODS: dict[str, Callable[[DiffusionPipeline, _Request], tuple[Scores, pd.DataFrame]]] = {
-    "ecodiff": _learned,
-    "magnitude": _magnitude,
-    "random": _random,
-}
-
-
-def _scored(pipe: DiffusionPipeline, method: str, request: _Request) -> tuple[Scores, pd.DataFrame]:
-    if method not in METHODS:
-        raise UserError(f"method: {method!r} is not one of {', '.join(METHODS)}")
-    return METHODS[method](pipe, request)

@@ -7,25 +7,39 @@ from dataclasses import dataclass
 
 from ecodiff.config import Variant
 
-# Okabe and Ito's palette, which people with any kind of colour vision can tell apart; the lighter
-# of two neighbours is the same method with compensation.
+# Okabe and Ito's palette first, which people with any kind of colour vision can tell apart; the
+# second of a pair is the same method with compensation.
 COLOURS = {
-    ("dense", False): "#000000",
-    ("ecodiff", False): "#0072B2",
-    ("ecodiff", True): "#56B4E9",
-    ("magnitude", False): "#D55E00",
-    ("magnitude", True): "#E69F00",
-    ("random", False): "#009E73",
-    ("random", True): "#CC79A7",
+    "dense": ("#000000", "#000000"),
+    "ecodiff": ("#0072B2", "#56B4E9"),
+    "magnitude": ("#D55E00", "#E69F00"),
+    "random": ("#009E73", "#CC79A7"),
+    "per-step": ("#332288", "#8877CC"),
+    "obs": ("#882255", "#CC6688"),
+    "wanda": ("#999933", "#CCCC77"),
+    "taylor": ("#661100", "#AA6644"),
+    "depth": ("#666666", "#AAAAAA"),
+    "magnitude-local": ("#AA4400", "#EEBB66"),
 }
 MARKERS = {None: "o", "lora": "^", "full": "s"}
-METHODS = {"dense": "Dense", "ecodiff": "EcoDiff", "magnitude": "Magnitude", "random": "Random"}
+METHODS = {
+    "dense": "Dense",
+    "ecodiff": "EcoDiff",
+    "per-step": "EcoDiff a step",
+    "obs": "OBS-Diff score",
+    "wanda": "Wanda",
+    "taylor": "Diff-Pruning",
+    "depth": "Depth",
+    "magnitude": "Magnitude",
+    "magnitude-local": "Magnitude a layer",
+    "random": "Random",
+}
 RETRAINED = {None: "", "lora": " + LoRA", "full": " + retraining"}
 
 
 def colour(variant: Variant) -> str:
     """The colour of a variant's method."""
-    return COLOURS[variant.method, variant.compensation]
+    return COLOURS[variant.method][variant.compensation]
 
 
 def method(variant: Variant) -> str:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ecodiff.calibrate import Calibration
+from ecodiff.denoising_loss import conditioned, objective
 from ecodiff.errors import UserError
-from ecodiff.retrain.objective import conditioned, objective
 from ecodiff.saving import dense_structures
 from ecodiff.settings import RetrainSettings
 from ecodiff.structures import denoiser_of

@@ -12,6 +12,7 @@ use rule mask as ablation with:
     params:
         source=lookup(dpath="models/{model}/source", within=config),
         load=settings("models/{model}/load"),
+        method="ecodiff",
         percent=lambda wildcards: round(100 * ablation_of(wildcards).sparsity),
         settings=lambda wildcards: ablation_of(wildcards).settings.model_dump_json(
             exclude_none=True

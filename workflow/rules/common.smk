@@ -2,12 +2,14 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import get_args
 
 import yaml
 
 from ecodiff.artifacts import code_hash, write_text
 from ecodiff.config import Variant, load_config
 from ecodiff.errors import UserError
+from ecodiff.settings import BLIND, LEARNED, Method
 from ecodiff.toys import TOYS
 
 try:
@@ -20,6 +22,7 @@ except UserError as error:
 # From here on every key is there, so that `lookup` finds the defaults too.
 config = run.model_dump(mode="json")
 
+METHODS = get_args(Method)
 RESULTS = f"results/{run.run}"
 VARIANTS = [(model, variant) for model in run.models for variant in run.variants_of(model)]
 PRUNED = [(model, variant) for model, variant in VARIANTS if not variant.is_dense]
@@ -28,7 +31,7 @@ FIGURES = [
     "quality",
     "pictures",
     "removed",
-    *(["learning"] if any(variant.method == "ecodiff" for _, variant in PRUNED) else []),
+    *(["learning"] if any(variant.method in LEARNED for _, variant in PRUNED) else []),
     *(["cost"] if run.evaluate.efficiency else []),
     *(["mask-cost"] if run.evaluate.mask_cost else []),
 ]
@@ -140,7 +143,7 @@ def calibration(wildcards):
 def scored(model, variant):
     """The variant whose mask holds a variant's scores: that of the middle sparsity of its method,
     or itself where each sparsity is learned for itself."""
-    if variant.method == "ecodiff" and not run.models[model].mask.is_shared:
+    if variant.method in LEARNED and not run.models[model].mask.is_shared:
         return variant
     same = [v for v in run.variants_of(model) if v.method == variant.method]
     by_percent = sorted({v.percent: v for v in same}.items())

@@ -4,12 +4,14 @@ rule mask:
         model=dense_files,
         calibration=calibration,
     output:
-        mask="<results>/{model}/masks/ecodiff-{percent}/mask.safetensors",
-        history="<results>/{model}/masks/ecodiff-{percent}/history.csv",
+        mask="<results>/{model}/masks/{method}-{percent}/mask.safetensors",
+        history="<results>/{model}/masks/{method}-{percent}/history.csv",
     log:
-        "<logs>/{model}/mask/ecodiff-{percent}.log",
+        "<logs>/{model}/mask/{method}-{percent}.log",
     benchmark:
-        "<benchmarks>/{model}/mask/ecodiff-{percent}.tsv"
+        "<benchmarks>/{model}/mask/{method}-{percent}.tsv"
+    wildcard_constraints:
+        method=one_of(LEARNED),
     conda:
         "../../environment.yml"
     threads: 1
@@ -20,20 +22,22 @@ rule mask:
     params:
         source=lookup(dpath="models/{model}/source", within=config),
         load=settings("models/{model}/load"),
+        method=lambda wildcards: wildcards.method,
         percent=lambda wildcards: wildcards.percent,
         settings=settings("models/{model}/mask"),
         launch=launch,
         code=code_hash("mask"),
     shell:
         "{params.launch}ecodiff mask {params.source} {output.mask} --load {params.load:q}"
-        " --method ecodiff --percent {params.percent} --settings {params.settings:q}"
+        " --method {params.method} --percent {params.percent} --settings {params.settings:q}"
         " --calibration {input.calibration} --history {output.history} > {log} 2>&1"
 
 
-# Baselines score units from the weights alone, once for all sparsities.
+# Other methods score all units at once, for all sparsities.
 rule baseline:
     input:
         model=dense_files,
+        calibration=lambda wildcards: [] if wildcards.method in BLIND else calibration(wildcards),
     output:
         "<results>/{model}/masks/{method}-{percent}/mask.safetensors",
     log:
@@ -41,7 +45,7 @@ rule baseline:
     benchmark:
         "<benchmarks>/{model}/mask/{method}-{percent}.tsv"
     wildcard_constraints:
-        method="magnitude|random",
+        method=one_of(method for method in METHODS if method not in LEARNED),
     conda:
         "../../environment.yml"
     threads: 1
@@ -53,10 +57,12 @@ rule baseline:
         source=lookup(dpath="models/{model}/source", within=config),
         load=settings("models/{model}/load"),
         settings=settings("models/{model}/mask"),
+        calibration=each("--calibration", "calibration"),
         code=code_hash("mask"),
     shell:
         "ecodiff mask {params.source} {output} --load {params.load:q} --method {wildcards.method}"
-        " --percent {wildcards.percent} --settings {params.settings:q} > {log} 2>&1"
+        " --percent {wildcards.percent} --settings {params.settings:q} {params.calibration}"
+        " > {log} 2>&1"
 
 
 rule masks:

@@ -32,6 +32,10 @@ class Diffusion:
         """Draw timesteps, int64 (count,), uniform over all training timesteps."""
         return torch.randint(len(self.scheduler), (count,), generator=generator)
 
+    def spread(self, count: int) -> Tensor:
+        """Evenly spaced timesteps from little noise to much, int64 (count,)."""
+        return torch.linspace(0, len(self.scheduler) - 1, count).round().long()
+
     def noised(self, z0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """What the denoiser sees at `timesteps` (n,); like z0 and noise, (n, ...)."""
         return self.scheduler.add_noise(z0, noise, timesteps)
@@ -53,6 +57,11 @@ class Flow:
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """Draw timesteps, float32 (count,), from the schedule that the scheduler was set to."""
         return self.timesteps[torch.randint(len(self.timesteps), (count,), generator=generator)]
+
+    def spread(self, count: int) -> Tensor:
+        """Evenly chosen timesteps from little noise to much, float32 (count,)."""
+        places = torch.linspace(0, len(self.timesteps) - 1, count).round().long()
+        return self.timesteps.flip(0)[places]
 
     def noised(self, z0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """What the denoiser sees at `timesteps` (n,); like z0 and noise, (n, ...)."""
@@ -82,7 +91,7 @@ def objective(scheduler: Any) -> Diffusion | Flow:
         return Diffusion(scheduler)
     raise UserError(
         f"scheduler: {type(scheduler).__name__} with prediction_type"
-        f" {config.get('prediction_type')} can't be retrained; flow matching and schedulers with"
+        f" {config.get('prediction_type')} can't be trained; flow matching and schedulers with"
         " betas and epsilon, v_prediction or sample can"
     )
 
@@ -153,7 +162,7 @@ def conditioned(
     finally:
         hook.remove()
     if "timestep" not in seen:
-        raise UserError(f"{type(pipe).__name__}: can't be retrained; its denoiser takes lists")
+        raise UserError(f"{type(pipe).__name__}: can't be trained; its denoiser takes lists")
     scale = float(seen["timestep"].flatten()[0]) / float(pipe.scheduler.timesteps[0])
     return Conditioned(seen, next(iter(signature.parameters)), scale)
 
