@@ -325,12 +325,14 @@ def mask_error(
 
 @report.command()
 def tables(run: Run) -> None:
-    """Write the main table as csv, markdown and LaTeX to <run>/tables."""
+    """Write the main table (csv, markdown, LaTeX) and the ranking to <run>/tables."""
+    from ecodiff.report.ranking import write_ranking
     from ecodiff.report.tables import main_table, write_tables
 
     config, results = _results(run)
-    published = config.report.published
-    write_tables(main_table(results), run / "tables", Path(published) if published else None)
+    published, table = config.report.published, main_table(results)
+    write_tables(table, run / "tables", Path(published) if published else None)
+    write_ranking(table, run / "tables")
 
 
 @report.command()
@@ -392,7 +394,9 @@ def _results(run: Path) -> tuple[Config, Results]:
     config = load_config(run / "config.yaml")
     variants = {model: [v.name for v in config.variants_of(model)] for model in config.models}
     prompts = run / f"prompts/{config.evaluate.prompts}.parquet"
-    return config, Results(run, variants, prompts, config.report.examples)
+    shown = config.report.shown
+    percents = None if shown is None else frozenset(round(100 * share) for share in shown)
+    return config, Results(run, variants, prompts, config.report.examples, percents)
 
 
 def _call(text: str) -> dict[str, Any]:

@@ -11,12 +11,12 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, NonNegativeInt, ValidationError, model_validator
 
 from ecodiff.ablations import Ablation, AblationSettings
 from ecodiff.errors import UserError
@@ -90,6 +90,8 @@ class VariantSettings(Settings):
     """Shares of the denoiser's parameters to remove, in whole per cent."""
     compensation: bool = False
     """Re-solve the surviving weights by least squares."""
+    seeds: tuple[NonNegativeInt, ...] | None = None
+    """A variant for each seed of the scores, instead of one with the seed of the section `mask`."""
     retrain: RetrainKind | None = None
     models: tuple[Name, ...] | None = None
     """The models it applies to; null: all."""
@@ -104,8 +106,9 @@ class VariantSettings(Settings):
     def variants(self) -> list[Variant]:
         """The variants of the family."""
         return [
-            Variant(self.method, round(100 * sparsity), self.compensation, self.retrain)
+            Variant(self.method, round(100 * sparsity), self.compensation, self.retrain, seed)
             for sparsity in self.sparsities
+            for seed in self.seeds or (None,)
         ]
 
 
@@ -113,13 +116,14 @@ class VariantSettings(Settings):
 class Variant:
     """One version of a model; its name is a folder and a table row.
 
-    `dense` or `{method}-{percent}[-comp][-lora|-full]`, such as `ecodiff-30-comp-lora`.
+    `dense` or `{method}-{percent}[-s{seed}][-comp][-lora|-full]`, such as `ecodiff-30-comp-lora`.
     """
 
     method: Method | Literal["dense"] = "dense"
     percent: int = 0
     compensation: bool = False
     retrain: RetrainKind | None = None
+    seed: int | None = None
 
     @property
     def name(self) -> str:
@@ -136,8 +140,9 @@ class Variant:
 
     @property
     def mask(self) -> str:
-        """The name of its mask, `{method}-{percent}`."""
-        return f"{self.method}-{self.percent}"
+        """The name of its mask, `{method}-{percent}[-s{seed}]`."""
+        seed = "" if self.seed is None else f"-s{self.seed}"
+        return f"{self.method}-{self.percent}{seed}"
 
     @property
     def sparsity(self) -> float:
@@ -147,7 +152,12 @@ class Variant:
     @property
     def pruned(self) -> Variant:
         """The variant that its retraining starts from; itself when not retrained."""
-        return Variant(self.method, self.percent, self.compensation)
+        return replace(self, retrain=None)
+
+    @property
+    def scores(self) -> Variant:
+        """The variant that is its mask and nothing else."""
+        return replace(self, retrain=None, compensation=False)
 
     @classmethod
     def parse(cls, name: str) -> Variant:
@@ -156,17 +166,18 @@ class Variant:
         if match is None:
             raise UserError(
                 f"variant {name!r}: expected dense or "
-                f"({'|'.join(get_args(Method))})-<percent>[-comp][-lora|-full]"
+                f"({'|'.join(get_args(Method))})-<percent>[-s<seed>][-comp][-lora|-full]"
             )
         if match["method"] is None:
             return cls()
-        retrain = match["retrain"]
-        return cls(match["method"], int(match["percent"]), bool(match["comp"]), retrain)  # type: ignore[arg-type]
+        seed = None if match["seed"] is None else int(match["seed"])
+        found = (match["method"], int(match["percent"]), bool(match["comp"]), match["retrain"])
+        return cls(*found, seed)  # type: ignore[arg-type]
 
 
 VARIANT_NAME = re.compile(
     rf"dense|(?P<method>{'|'.join(get_args(Method))})-(?P<percent>[1-9]\d?)"
-    r"(?P<comp>-comp)?(?:-(?P<retrain>lora|full))?"
+    r"(?:-s(?P<seed>\d+))?(?P<comp>-comp)?(?:-(?P<retrain>lora|full))?"
 )
 
 

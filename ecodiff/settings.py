@@ -298,3 +298,6 @@ class ReportSettings(Settings):
     """A csv of published results to show beside ours."""
     examples: PositiveInt = 8
     """Prompts in the picture grid."""
+    shown: tuple[Annotated[float, Field(gt=0, lt=1)], ...] | None = None
+    """Sparsities in figures that have a row or column a variant; null: all. Such figures show the
+    first seed alone."""

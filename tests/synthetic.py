@@ -48,7 +48,11 @@ STRUCTURES = {
 }
 
 
-def write_run(folder: Path, models: tuple[str, ...] = ("toy-sdxl", "toy-flux")) -> Results:
+def write_run(
+    folder: Path,
+    models: tuple[str, ...] = ("toy-sdxl", "toy-flux"),
+    pruned: list[str] = PRUNED,
+) -> Results:
     rng = np.random.default_rng(0)
     scenes = [world.sample_scene(rng, "held-out") for _ in range(10)]
     prompts = folder / "prompts" / "evaluation.parquet"
@@ -56,7 +60,7 @@ def write_run(folder: Path, models: tuple[str, ...] = ("toy-sdxl", "toy-flux")) 
     captions = [scene.caption for scene in scenes]
     pd.DataFrame({"index": range(10), "prompt": captions}).to_parquet(prompts)
     for model in models:
-        names = ["dense", *PRUNED]
+        names = ["dense", *pruned]
         cost, quality = {}, {}
         for name in names:
             variant = Variant.parse(name)
@@ -65,7 +69,7 @@ def write_run(folder: Path, models: tuple[str, ...] = ("toy-sdxl", "toy-flux")) 
         (folder / model / "quality.json").write_text(json.dumps(quality))
         (folder / model / "efficiency.json").write_text(json.dumps(cost))
         _mask_cost().to_csv(folder / model / "mask_cost.csv", index=False)
-    return Results(folder, {model: ["dense", *PRUNED] for model in models}, prompts)
+    return Results(folder, {model: ["dense", *pruned] for model in models}, prompts)
 
 
 def harm_of(variant: Variant) -> float:

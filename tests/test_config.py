@@ -31,7 +31,7 @@ def message(**changes):
     return text
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "few-steps.yaml", "paper.yaml"])
+@pytest.mark.parametrize("name", ["config.yaml", "few-steps.yaml", "compare.yaml", "paper.yaml"])
 def test_shipped_configs_are_valid(name):
     assert load_config(ROOT / "config" / name).variants
 
@@ -59,6 +59,15 @@ def test_a_model_changes_single_keys_of_retraining():
     lora = config.models["toy"].retrain.lora
     assert (lora.kind, lora.rank, lora.steps) == ("lora", 3, 5)
     assert config.models["toy"].retrain.full.kind == "full"
+
+
+def test_a_variant_for_each_seed_of_the_scores():
+    family = {"method": "taylor", "sparsities": [0.1], "seeds": [0, 2], "compensation": True}
+    names = [v.name for v in load_config(minimal(variants=[family])).variants_of("toy")]
+    assert names == ["dense", "taylor-10-s0-comp", "taylor-10-s2-comp"]
+    variant = Variant.parse("taylor-10-s2-comp-lora")
+    assert (variant.seed, variant.mask, variant.scores.name) == (2, "taylor-10-s2", "taylor-10-s2")
+    assert variant.pruned.name == "taylor-10-s2-comp"
 
 
 def test_variants_can_be_of_some_models_only():

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -140,3 +142,31 @@ def test_unknown_figures_and_models_are_refused(results: Results, tmp_path: Path
     with pytest.raises(UserError, match=r"no model 'sd4'; there are toy-sdxl, toy-flux"):
         draw("quality", results, "sd4", tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+SEEDED = [f"ecodiff-{p}-s{s}" for p in (10, 30) for s in (1, 2)]
+
+
+def test_a_point_of_several_seeds_is_their_mean_with_its_deviation(tmp_path: Path) -> None:
+    results = write_run(tmp_path, ("toy-flux",), SEEDED)
+    path = tmp_path / "toy-flux/quality.json"
+    judged = json.loads(path.read_text())
+    for name, fid in zip(SEEDED, (3.0, 5.0, 10.0, 20.0), strict=True):
+        judged[name]["fid"] = fid
+    path.write_text(json.dumps(judged))
+    axis = panels(FIGURES["quality"](results, "toy-flux"))["FID ↓"]
+    line = next(one for one in axis.get_lines() if one.get_label() == "EcoDiff")
+    assert line.get_ydata().tolist() == [4.0, 15.0]
+    ends = [path.vertices[:, 1].tolist() for path in axis.collections[0].get_paths()]
+    assert ends == [[3.0, 5.0], [10.0, 20.0]]
+
+
+def test_rows_and_columns_are_of_the_first_seed_and_the_chosen_sparsities(tmp_path: Path) -> None:
+    results = write_run(tmp_path, ("toy-flux",), SEEDED)
+    assert [v.name for v in results.shown("toy-flux")] == ["dense", SEEDED[0], SEEDED[2]]
+    chosen = replace(results, percents=frozenset({30}))
+    assert [v.name for v in chosen.shown("toy-flux")] == ["dense", "ecodiff-30-s1"]
+    assert [v.name for v in chosen.masks("toy-flux")] == ["ecodiff-30-s1"]
+    figure = FIGURES["cost"](chosen, "toy-flux")
+    names = [tick.get_text() for tick in figure.axes[0].get_yticklabels()]
+    assert names == ["Dense", "EcoDiff, 30 %, seed 1"]

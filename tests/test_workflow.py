@@ -135,8 +135,8 @@ def test_grams_are_gathered_only_for_compensation(place, tmp_path):
 
 def masks_of(text):
     """The learned masks that a plan makes and those that it prunes by, without their folders."""
-    made = re.findall(r"masks/(ecodiff-\d+)/mask", "".join(jobs_of(text, "mask")))
-    used = re.findall(r"masks/(ecodiff-\d+)/mask", "".join(jobs_of(text, "prune")))
+    made = re.findall(r"masks/(ecodiff-[\ds-]+)/mask", "".join(jobs_of(text, "mask")))
+    used = re.findall(r"masks/(ecodiff-[\ds-]+)/mask", "".join(jobs_of(text, "prune")))
     return set(made), set(used)
 
 
@@ -165,6 +165,16 @@ def test_every_method_is_planned_with_what_it_looks_at(place, tmp_path):
     for job in [*jobs_of(text, "mask"), *jobs_of(text, "baseline")]:
         found[re.search(r"masks/([a-z-]+)-20/", job)[1]] = "calibration.safetensors" in job
     assert found == {method: method not in BLIND for method in get_args(Method)}
+
+
+def test_each_seed_has_its_own_scores(place, tmp_path):
+    family = {"method": "ecodiff", "sparsities": [0.1, 0.2], "seeds": [3, 4]}
+    config = write_config(tmp_path, variants=[family])
+    _, text = planned(place, config, "pruned", "--printshellcmds")
+    assert masks_of(text) == ({"ecodiff-20-s3", "ecodiff-20-s4"},) * 2
+    for seed in (3, 4):
+        command = re.search(rf"ecodiff mask .*masks/ecodiff-20-s{seed}/.*", text)[0]
+        assert f'"seed":{seed}' in command
 
 
 def test_retraining_may_have_prompts_of_its_own(place, tmp_path):
@@ -330,6 +340,7 @@ def test_all_stages_run_on_a_tiny_model(tmp_path):
             "efficiency": {"repeats": 1, "warmup": 0},
             "mask_cost": {"steps": [1, 2], "batch": 1},
         },
+        "ablations": {"prompts": "evaluation", "judged_at": [0.1], "vary": {"batch": [1]}},
     }
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(config))
     done = snakemake(tmp_path, "--configfile", "small.yaml", "--cores", 2)
@@ -346,3 +357,8 @@ def test_all_stages_run_on_a_tiny_model(tmp_path):
     assert "tables: results/small/tables" in done.stdout
     resolved = load_config(results / "config.yaml")
     assert resolved.models["tiny"].mask.iterations == 2
+    done = snakemake(tmp_path, "--configfile", "small.yaml", "--cores", 2, "ablations")
+    assert done.returncode == 0, done.stdout + done.stderr
+    table = pd.read_csv(results / "tables/ablations.csv")
+    assert table["setting"].tolist() == ["default", "batch"]
+    assert (table["latent_error"] > 0).all()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import matplotlib
+import pandas as pd
 
 matplotlib.use("agg")
 
@@ -43,7 +44,10 @@ COMPARED_TO_DENSE = {"ssim", "psnr", "latent_error"}  # the dense model itself i
 
 
 def quality(results: Results, model: str) -> Figure:
-    """Each quality metric against the share of parameters removed, a line a method."""
+    """Each quality metric against the share of parameters removed, a line a method.
+
+    Where there are several seeds, a point is their mean and its bar their standard deviation.
+    """
     variants = results.of(model)
     found = {variant: results.quality(model, variant) for variant in variants}
     shares = {variant: 100 * results.sparsity(model, variant) for variant in variants}
@@ -52,9 +56,14 @@ def quality(results: Results, model: str) -> Figure:
     for axis, metric in zip(axes.flat, shown, strict=False):
         for line in _lines(variants):
             # One that equals the dense pictures has no finite PSNR, and no place on the axis.
-            points = [(shares[v], found[v][metric.key]) for v in line]
-            points = [(x, metric.scale * y) for x, y in points if y is not None]
-            axis.plot(*zip(*points, strict=True), label=method(line[0]), **_look(line[0]))
+            points = [(v.percent, shares[v], found[v][metric.key]) for v in line]
+            points = [(p, x, metric.scale * y) for p, x, y in points if y is not None]
+            seeds = pd.DataFrame(points, columns=["percent", "x", "y"]).groupby("percent")
+            mean, spread = seeds.mean(), seeds["y"].std(ddof=0)
+            axis.plot(mean["x"], mean["y"], label=method(line[0]), **_look(line[0]))
+            if spread.any():
+                bars = {"fmt": "none", "ecolor": colour(line[0]), "capsize": 2}
+                axis.errorbar(mean["x"], mean["y"], spread, **bars)
         if metric.key not in COMPARED_TO_DENSE and variants[0].is_dense:
             dense = metric.scale * found[variants[0]][metric.key]
             axis.axhline(dense, color=colour(variants[0]), linestyle=":", label="Dense")
@@ -73,7 +82,7 @@ def cost(results: Results, model: str) -> Figure:
     measured = results.efficiency(model)
     if measured is None:
         raise UserError(f"report: {model} has no efficiency.json; evaluate.efficiency is null")
-    variants = results.of(model)
+    variants = results.shown(model)
     dense = measured[variants[0].name]
     columns = [one for one in COST if not one.key.startswith("denoiser")]
     figure, axes = plt.subplots(
@@ -109,7 +118,7 @@ def learning(results: Results, model: str) -> Figure:
     """How masks were learned and pruned models retrained."""
     curves = {v: results.learning(model, v) for v in results.masks(model)}
     curves = {v: curve for v, curve in curves.items() if len(curve)}
-    retrained = [v for v in results.of(model) if v.retrain]
+    retrained = [v for v in results.shown(model) if v.retrain]
     figure, axes = plt.subplots(1, 2 + bool(retrained), figsize=(5 * (2 + bool(retrained)), 4))
     shades = plt.get_cmap("viridis")
     for number, (variant, curve) in enumerate(curves.items()):

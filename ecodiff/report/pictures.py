@@ -25,7 +25,7 @@ ORDER = ("down", "transformer_blocks", "mid", "single", "up")  # of blocks in a 
 
 def pictures(results: Results, model: str) -> Figure:
     """The first prompts' pictures: rows prompts, columns the dense model and each variant."""
-    variants, chosen = results.of(model), results.captions().iloc[: results.examples]
+    variants, chosen = results.shown(model), results.captions().iloc[: results.examples]
     cells = [[results.picture(model, v, index) for v in variants] for index in chosen.index]
     height, width = (side + GAP for side in cells[0][0].shape[:2])
     mosaic = np.full((height * len(chosen), width * len(variants), 3), 255, dtype=np.uint8)

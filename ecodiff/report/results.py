@@ -28,12 +28,14 @@ class Results:
         variants: model -> names of its variants, in the order in which they are shown.
         prompts: table of the evaluation prompts (parquet).
         examples: how many of them the picture grid shows.
+        percents: of the variants in figures that have a row or column a variant; None: all.
     """
 
     folder: Path
     variants: Mapping[str, Sequence[str]]
     prompts: Path
     examples: int = 8
+    percents: frozenset[int] | None = None
 
     def of(self, model: str) -> list[Variant]:
         """The variants of a model."""
@@ -41,10 +43,25 @@ class Results:
             raise UserError(f"report: no model {model!r}; there are {', '.join(self.variants)}")
         return [Variant.parse(name) for name in self.variants[model]]
 
+    def shown(self, model: str) -> list[Variant]:
+        """The variants of a model that are shown one by one: the dense one, and those of the first
+        seed and of the chosen sparsities."""
+        found = self.of(model)
+        first = min((v.seed for v in found if v.seed is not None), default=None)
+        return [
+            variant
+            for variant in found
+            if variant.is_dense
+            or (
+                variant.seed in (None, first)
+                and (self.percents is None or variant.percent in self.percents)
+            )
+        ]
+
     def masks(self, model: str) -> list[Variant]:
-        """The variants that are a mask and nothing else, one for each mask of a model."""
-        pruned = [variant for variant in self.of(model) if not variant.is_dense]
-        return list(dict.fromkeys(Variant(v.method, v.percent) for v in pruned))
+        """The masks among the variants that are shown, each as the variant that is no more."""
+        pruned = [variant for variant in self.shown(model) if not variant.is_dense]
+        return list(dict.fromkeys(variant.scores for variant in pruned))
 
     def quality(self, model: str, variant: Variant) -> dict[str, Any]:
         """What `evaluate quality` found."""

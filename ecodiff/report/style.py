@@ -50,7 +50,8 @@ def method(variant: Variant) -> str:
 
 def label(variant: Variant) -> str:
     """What a variant is called, such as "EcoDiff + least squares, 20 %"."""
-    return method(variant) if variant.is_dense else f"{method(variant)}, {variant.percent} %"
+    seed = "" if variant.seed is None else f", seed {variant.seed}"
+    return method(variant) if variant.is_dense else f"{method(variant)}, {variant.percent} %{seed}"
 
 
 @dataclass(frozen=True)

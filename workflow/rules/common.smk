@@ -2,14 +2,13 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import get_args
 
 import yaml
 
 from ecodiff.artifacts import code_hash, write_text
 from ecodiff.config import Variant, load_config
 from ecodiff.errors import UserError
-from ecodiff.settings import BLIND, LEARNED, Method
+from ecodiff.settings import BLIND, LEARNED
 from ecodiff.toys import TOYS
 
 try:
@@ -22,7 +21,6 @@ except UserError as error:
 # From here on every key is there, so that `lookup` finds the defaults too.
 config = run.model_dump(mode="json")
 
-METHODS = get_args(Method)
 RESULTS = f"results/{run.run}"
 VARIANTS = [(model, variant) for model in run.models for variant in run.variants_of(model)]
 PRUNED = [(model, variant) for model, variant in VARIANTS if not variant.is_dense]
@@ -52,7 +50,6 @@ wildcard_constraints:
     model=one_of(run.models),
     variant=one_of(variant.name for _, variant in VARIANTS),
     set=one_of(run.prompts),
-    percent=one_of(variant.percent for _, variant in PRUNED),
     shard=r"\d+",
 
 
@@ -145,7 +142,8 @@ def scored(model, variant):
     or itself where each sparsity is learned for itself."""
     if variant.method in LEARNED and not run.models[model].mask.is_shared:
         return variant
-    same = [v for v in run.variants_of(model) if v.method == variant.method]
+    wanted = (variant.method, variant.seed)
+    same = [v for v in run.variants_of(model) if (v.method, v.seed) == wanted]
     by_percent = sorted({v.percent: v for v in same}.items())
     return by_percent[len(by_percent) // 2][1]
 
@@ -159,6 +157,18 @@ def mask_of(wildcards):
 def percent_of(wildcards):
     """The per cent of the parameters that a variant lacks."""
     return Variant.parse(wildcards.variant).percent
+
+
+def mask_settings(wildcards):
+    """How a mask is made: the model's settings with the mask's own seed, as JSON."""
+    section, seed = run.models[wildcards.model].mask, Variant.parse(wildcards.mask).seed
+    own = section if seed is None else section.model_copy(update={"seed": seed})
+    return own.model_dump_json(exclude_none=True)
+
+
+def method_of(wildcards):
+    """The method of a mask."""
+    return Variant.parse(wildcards.mask).method
 
 
 def grams_of(wildcards):

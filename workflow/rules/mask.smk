@@ -4,14 +4,14 @@ rule mask:
         model=dense_files,
         calibration=calibration,
     output:
-        mask="<results>/{model}/masks/{method}-{percent}/mask.safetensors",
-        history="<results>/{model}/masks/{method}-{percent}/history.csv",
+        mask="<results>/{model}/masks/{mask}/mask.safetensors",
+        history="<results>/{model}/masks/{mask}/history.csv",
     log:
-        "<logs>/{model}/mask/{method}-{percent}.log",
+        "<logs>/{model}/mask/{mask}.log",
     benchmark:
-        "<benchmarks>/{model}/mask/{method}-{percent}.tsv"
+        "<benchmarks>/{model}/mask/{mask}.tsv"
     wildcard_constraints:
-        method=one_of(LEARNED),
+        mask=one_of(v.mask for _, v in PRUNED if v.method in LEARNED),
     conda:
         "../../environment.yml"
     threads: 1
@@ -22,9 +22,9 @@ rule mask:
     params:
         source=lookup(dpath="models/{model}/source", within=config),
         load=settings("models/{model}/load"),
-        method=lambda wildcards: wildcards.method,
-        percent=lambda wildcards: wildcards.percent,
-        settings=settings("models/{model}/mask"),
+        method=method_of,
+        percent=lambda wildcards: Variant.parse(wildcards.mask).percent,
+        settings=mask_settings,
         launch=launch,
         code=code_hash("mask"),
     shell:
@@ -37,15 +37,17 @@ rule mask:
 rule baseline:
     input:
         model=dense_files,
-        calibration=lambda wildcards: [] if wildcards.method in BLIND else calibration(wildcards),
+        calibration=lambda wildcards: (
+            [] if method_of(wildcards) in BLIND else calibration(wildcards)
+        ),
     output:
-        "<results>/{model}/masks/{method}-{percent}/mask.safetensors",
+        "<results>/{model}/masks/{mask}/mask.safetensors",
     log:
-        "<logs>/{model}/mask/{method}-{percent}.log",
+        "<logs>/{model}/mask/{mask}.log",
     benchmark:
-        "<benchmarks>/{model}/mask/{method}-{percent}.tsv"
+        "<benchmarks>/{model}/mask/{mask}.tsv"
     wildcard_constraints:
-        method=one_of(method for method in METHODS if method not in LEARNED),
+        mask=one_of(v.mask for _, v in PRUNED if v.method not in LEARNED),
     conda:
         "../../environment.yml"
     threads: 1
@@ -56,12 +58,14 @@ rule baseline:
     params:
         source=lookup(dpath="models/{model}/source", within=config),
         load=settings("models/{model}/load"),
-        settings=settings("models/{model}/mask"),
+        method=method_of,
+        percent=lambda wildcards: Variant.parse(wildcards.mask).percent,
+        settings=mask_settings,
         calibration=each("--calibration", "calibration"),
         code=code_hash("mask"),
     shell:
-        "ecodiff mask {params.source} {output} --load {params.load:q} --method {wildcards.method}"
-        " --percent {wildcards.percent} --settings {params.settings:q} {params.calibration}"
+        "ecodiff mask {params.source} {output} --load {params.load:q} --method {params.method}"
+        " --percent {params.percent} --settings {params.settings:q} {params.calibration}"
         " > {log} 2>&1"
 
 

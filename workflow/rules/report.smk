@@ -23,6 +23,11 @@ rule tables:
             caption="../report/tables.rst",
             category="Tables",
         ),
+        report(
+            multiext("<results>/tables/ranking", ".csv", ".md"),
+            caption="../report/tables.rst",
+            category="Tables",
+        ),
     log:
         "<logs>/tables.log",
     benchmark:

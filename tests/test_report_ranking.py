@@ -1,0 +1,40 @@
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from ecodiff.report.ranking import ranking, write_ranking
+from ecodiff.report.style import QUALITY
+
+
+@pytest.fixture
+def table() -> pd.DataFrame:
+    """Two methods at 20 %, one of them with two seeds; one at 30 %; and the dense model."""
+    rows = [
+        ("a", "Dense", 0.0, 0.0),
+        ("a", "Random", 0.2, 0.5),
+        ("a", "EcoDiff", 0.2, 0.1),
+        ("a", "EcoDiff", 0.2, 0.3),
+        ("a", "Random", 0.3, 0.9),
+    ]
+    table = pd.DataFrame(rows, columns=["model", "method", "target_sparsity", "latent_error"])
+    others = [metric.key for metric in QUALITY if metric.key != "latent_error"]
+    return table.assign(**dict.fromkeys(others, 0.25))
+
+
+def test_methods_are_ranked_by_the_mean_over_their_seeds(table: pd.DataFrame) -> None:
+    found = ranking(table)
+    places = found[["target_sparsity", "rank", "method", "seeds"]].to_numpy().tolist()
+    assert places == [[0.2, 1, "EcoDiff", 2], [0.2, 2, "Random", 1], [0.3, 1, "Random", 1]]
+    assert found["latent_error"][0] == pytest.approx(0.2)
+    assert found["latent_error_std"][0] == pytest.approx((0.02) ** 0.5)  # of a sample of two
+    assert pd.isna(found["latent_error_std"][1])
+
+
+def test_a_deviation_is_shown_where_there_is_one(table: pd.DataFrame, tmp_path: Path) -> None:
+    write_ranking(table, tmp_path)
+    text = (tmp_path / "ranking.md").read_text()
+    assert "# a, 20% removed" in text
+    assert "| 0.2000 ± 0.1414 |" in text
+    assert "| 0.5000 |" in text
+    assert len(pd.read_csv(tmp_path / "ranking.csv")) == 3
