@@ -17,7 +17,7 @@ def run(tmp_path: Path) -> tuple[Config, Path]:
     """A sweep of two models as the stages would have left it; `b` errs twice as much as `a`."""
     for scale, model in enumerate("ab", start=1):
         rows = [
-            (name, sparsity, scale * error)
+            (name, sparsity, scale * error + 1, scale * error)
             for name, errors in ERRORS.items()
             for sparsity, error in zip((0.1, 0.2), errors, strict=True)
         ]
@@ -25,7 +25,7 @@ def run(tmp_path: Path) -> tuple[Config, Path]:
         for number, name in enumerate(ERRORS):
             (folder / name).mkdir(parents=True)
             pd.DataFrame({"seconds": [number, 10]}).to_csv(folder / name / "history.csv")
-        table = pd.DataFrame(rows, columns=["mask", "sparsity", "latent_error"])
+        table = pd.DataFrame(rows, columns=["mask", "sparsity", "latent_error", "median_error"])
         table.to_csv(folder / "mask_error.csv", index=False)
     config = load_config(
         {
@@ -50,7 +50,7 @@ def test_a_row_a_model_point_and_sparsity(run: tuple[Config, Path]) -> None:
     table = ablation_table(*run)
     assert len(table) == 2 * 3 * 2
     found = table.set_index(["model", "setting", "value", "sparsity"]).loc[("b", "batch", "3", 0.2)]
-    assert found["latent_error"] == 0.8
+    assert (found["latent_error"], found["median_error"]) == (1.8, 0.8)
     assert found["seconds"] == 11
 
 
@@ -58,9 +58,9 @@ def test_sparsities_stand_side_by_side(run: tuple[Config, Path]) -> None:
     table = ablation_table(*run)
     shown = readable(table[table["model"] == "a"])
     assert shown.to_numpy().tolist() == [
-        ["default", "", "0.1000", "0.2000", "10"],
-        ["batch", "3", "0.3000", "0.4000", "11"],
-        ["loss", "per-step", "0.5000", "0.6000", "12"],
+        ["default", "", "0.1000", "0.2000", "1.1000", "1.2000", "10"],
+        ["batch", "3", "0.3000", "0.4000", "1.3000", "1.4000", "11"],
+        ["loss", "per-step", "0.5000", "0.6000", "1.5000", "1.6000", "12"],
     ]
 
 

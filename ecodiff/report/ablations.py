@@ -16,7 +16,8 @@ from ecodiff.report.figures import decades, save
 from ecodiff.report.results import read_csv
 from ecodiff.report.tables import markdown
 
-COLUMNS = ["model", "setting", "value", "sparsity", "latent_error", "seconds"]
+ERRORS = {"median_error": "Median error", "latent_error": "Mean error"}
+COLUMNS = ["model", "setting", "value", "sparsity", *ERRORS, "seconds"]
 
 
 def ablation_table(config: Config, run: Path) -> pd.DataFrame:
@@ -24,7 +25,8 @@ def ablation_table(config: Config, run: Path) -> pd.DataFrame:
 
     Returns:
         model, setting, value (str; the default's is empty), sparsity (at which it is judged),
-        latent_error (relative) and seconds (of learning).
+        median_error and latent_error (relative, see `evaluate.mask_error`) and seconds (of
+        learning).
 
     Raises:
         UserError: the config has no ablations, or a file is missing or damaged.
@@ -34,12 +36,13 @@ def ablation_table(config: Config, run: Path) -> pd.DataFrame:
     rows = []
     for model in config.models:
         folder = run / model / "ablations"
-        errors = read_csv(folder / "mask_error.csv").set_index(["mask", "sparsity"])["latent_error"]
+        errors = read_csv(folder / "mask_error.csv").set_index(["mask", "sparsity"])
         for point in config.ablations_of(model):
             seconds = read_csv(folder / point.name / "history.csv")["seconds"].sum()
             value = "" if point.setting == DEFAULT else str(point.value)
-            for sparsity, error in errors[point.name].items():
-                rows.append([model, point.setting, value, sparsity, error, seconds])
+            for sparsity, found in errors.loc[point.name].iterrows():
+                both = [found[key] for key in ERRORS]
+                rows.append([model, point.setting, value, sparsity, *both, seconds])
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
@@ -57,11 +60,12 @@ def write_ablations(table: pd.DataFrame, run: Path) -> None:
 def readable(table: pd.DataFrame) -> pd.DataFrame:
     """One model's rows with the sparsities side by side."""
     keys = ["setting", "value", "seconds"]
-    wide = table.pivot_table(values="latent_error", index=keys, columns="sparsity", sort=False)
+    wide = table.pivot_table(values=[*ERRORS], index=keys, columns="sparsity", sort=False)
     shown = pd.DataFrame({"Setting": wide.index.get_level_values("setting")})
     shown["Value"] = wide.index.get_level_values("value")
-    for sparsity in wide.columns:
-        shown[f"Latent error at {sparsity:.0%}"] = [f"{e:.4f}" for e in wide[sparsity]]
+    for key, name in ERRORS.items():
+        for sparsity, errors in wide[key].items():
+            shown[f"{name} at {sparsity:.0%}"] = [f"{error:.4f}" for error in errors]
     shown["Learning (s)"] = [f"{s:.0f}" for s in wide.index.get_level_values("seconds")]
     return shown
 
@@ -81,11 +85,11 @@ def draw(table: pd.DataFrame) -> Figure:
     for axis, model in zip(axes[0], models, strict=True):
         for number, sparsity in enumerate(sparsities):
             chosen = table[(table["model"] == model) & (table["sparsity"] == sparsity)]
-            errors = chosen["latent_error"].tolist()
+            errors = chosen["median_error"].tolist()
             shade = shades(0.85 * number / max(1, len(sparsities) - 1))
             axis.plot(errors, range(len(errors)), "o", color=shade, label=f"{sparsity:.0%} removed")
             axis.axvline(errors[0], color=shade, linestyle=":", linewidth=1)
-        axis.set(title=model, xlabel="Relative latent error")
+        axis.set(title=model, xlabel="Relative latent error (median over prompts)")
         decades(axis, "x")
     settings = _points(table)[0]
     for row in range(1, len(settings)):
