@@ -7,6 +7,7 @@ computed again, two for one whose activations are kept.
 from __future__ import annotations
 
 import argparse
+import sys
 from datetime import date
 
 import pandas as pd
@@ -40,7 +41,7 @@ def measured(
     first = table[table["steps"] == 10].set_index("kept")["peak_memory_mb"]
     table["x memory at T=10"] = table["peak_memory_mb"] / table["kept"].map(first)
     millions = count_parameters(denoiser_of(pipe)) / 1e6
-    table.insert(0, "model", f"{name} ({millions:.0f}M)")
+    table.insert(0, "model", f"{name} ({millions:.0f}M, batch {settings.batch})")
     return table
 
 
@@ -52,17 +53,19 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["toy-sdxl", "toy-flux", "middle"])
     asked = parser.parse_args()
     demo = load_config("config/config.yaml").models
+    kept = (0.0, 0.5, 1.0)
     tables = []
     for name in asked.models:
-        settings = MaskCostSettings(
-            steps=asked.steps, kept=(0.0, 0.5, 1.0), batch=1, repeats=asked.repeats
-        )
+        print(f"measuring {name} ...", file=sys.stderr, flush=True)
         if name == "middle":
-            call = {"guidance_scale": 5.0, "height": 128, "width": 128}
+            call, batch = {"guidance_scale": 5.0, "height": 128, "width": 128}, 1
             pipe = middle()
         else:
-            call = demo[name].call.model_dump(exclude_none=True)
+            call, batch = demo[name].call.model_dump(exclude_none=True), demo[name].mask.batch
             pipe = load_pipeline(demo[name].source)
+        settings = MaskCostSettings(
+            steps=asked.steps, kept=kept, batch=batch, repeats=asked.repeats
+        )
         tables.append(measured(name, pipe, call, settings))
     hardware = f"CPU, {torch.get_num_threads()} threads"
     if torch.cuda.is_available():
