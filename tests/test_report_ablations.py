@@ -58,9 +58,9 @@ def test_sparsities_stand_side_by_side(run: tuple[Config, Path]) -> None:
     table = ablation_table(*run)
     shown = readable(table[table["model"] == "a"])
     assert shown.to_numpy().tolist() == [
-        ["default", "", "0.1000", "0.2000", "1.1000", "1.2000", "10"],
-        ["batch", "3", "0.3000", "0.4000", "1.3000", "1.4000", "11"],
-        ["loss", "per-step", "0.5000", "0.6000", "1.5000", "1.6000", "12"],
+        ["default", "", "100.00", "200.00", "1.1000", "1.2000", "10"],
+        ["batch", "3", "300.00", "400.00", "1.3000", "1.4000", "11"],
+        ["loss", "per-step", "500.00", "600.00", "1.5000", "1.6000", "12"],
     ]
 
 
@@ -76,7 +76,7 @@ def test_the_figure_has_a_panel_a_model_and_a_marker_a_number(run: tuple[Config,
 
 def test_tables_and_figures_are_written(run: tuple[Config, Path]) -> None:
     write_ablations(ablation_table(*run), run[1])
-    assert "| batch | 3 | 0.3000 |" in (run[1] / "tables/ablations.md").read_text()
+    assert "| batch | 3 | 300.00 |" in (run[1] / "tables/ablations.md").read_text()
     assert len(pd.read_csv(run[1] / "tables/ablations.csv")) == 12
     for suffix in ("png", "pdf"):
         assert (run[1] / f"figures/ablations.{suffix}").stat().st_size > 1000

@@ -14,9 +14,14 @@ from ecodiff.config import Config
 from ecodiff.errors import UserError
 from ecodiff.report.figures import decades, save
 from ecodiff.report.results import read_csv
+from ecodiff.report.style import Quantity
 from ecodiff.report.tables import markdown
 
-ERRORS = {"median_error": "Median error", "latent_error": "Mean error"}
+# The columns of errors: how they are headed, and how a value is shown.
+ERRORS = {
+    "median_error": Quantity("median_error", "Median error (10⁻³)", 1e3, better="lower"),
+    "latent_error": Quantity("latent_error", "Mean error", digits=".4f", better="lower"),
+}
 COLUMNS = ["model", "setting", "value", "sparsity", *ERRORS, "seconds"]
 
 
@@ -63,9 +68,9 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
     wide = table.pivot_table(values=[*ERRORS], index=keys, columns="sparsity", sort=False)
     shown = pd.DataFrame({"Setting": wide.index.get_level_values("setting")})
     shown["Value"] = wide.index.get_level_values("value")
-    for key, name in ERRORS.items():
+    for key, quantity in ERRORS.items():
         for sparsity, errors in wide[key].items():
-            shown[f"{name} at {sparsity:.0%}"] = [f"{error:.4f}" for error in errors]
+            shown[f"{quantity.title} at {sparsity:.0%}"] = [quantity.show(e) for e in errors]
     shown["Learning (s)"] = [f"{s:.0f}" for s in wide.index.get_level_values("seconds")]
     return shown
 
