@@ -196,23 +196,26 @@ def gather_grams(
     calls, runs = dict.fromkeys(names, 0), runs_per_step(pipe, calibration.embeds)
 
     def add(name: str, layer: nn.Module, args: tuple[Any, ...]) -> None:
-        x = args[0].movedim(1, -1) if isinstance(layer, nn.Conv2d) else args[0]
-        rows, steps = x.flatten(0, -2).float(), len(pipe.scheduler.timesteps)
+        rows, steps = rows_of(layer, args[0]), len(pipe.scheduler.timesteps)
         factor = weight(calls[name] // runs % steps, steps)
         calls[name] += 1
         grams.gram[name] += factor * (rows.T @ rows)
         grams.total[name] += factor * rows.sum(0)
         grams.count[name] += factor * len(rows)
 
-    with _watched(denoiser, names, add):
+    with watched(denoiser, names, add):
         calibration.drawn_by(pipe, batch_size)
     return grams
 
 
+def rows_of(layer: nn.Module, x: Tensor) -> Tensor:
+    """What a linear, or a 1x1 convolution, reads: float32 (tokens, in)."""
+    return (x.movedim(1, -1) if isinstance(layer, nn.Conv2d) else x).flatten(0, -2).float()
+
+
 @contextmanager
-def _watched(
-    denoiser: nn.Module, names: Iterable[str], watch: Callable[..., None]
-) -> Iterator[None]:
+def watched(denoiser: nn.Module, names: Iterable[str], watch: Callable[..., Any]) -> Iterator[None]:
+    """Inside the context, call `watch(name, layer, args)` before each of the named layers runs."""
     handles = [
         denoiser.get_submodule(name).register_forward_pre_hook(partial(watch, name))
         for name in names

@@ -161,25 +161,29 @@ def prune(
     mask: Annotated[Path, typer.Argument(help="What `ecodiff mask` wrote.")],
     out: Out,
     percent: Annotated[int | None, typer.Option(help="Rank the mask's scores again.")] = None,
-    grams: Annotated[Path | None, typer.Option(help="Compensate with these activations.")] = None,
+    grams: Annotated[Path | None, typer.Option(help="Compensate, all layers at once.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Compensate, in groups of layers.")
+    ] = None,
     settings: Settings = None,
     load: Load = None,
 ) -> None:
     """Cut a mask's units out of a model and save the smaller model."""
     from ecodiff import saving
-    from ecodiff.calibrate import Grams
+    from ecodiff.calibrate import Calibration, Grams
     from ecodiff.mask import Mask
     from ecodiff.prune.cut import prune as cut
 
     chosen = read_settings(sections.PruneSettings, settings)
-    wanted, moments = Mask.load(mask), Grams.load(grams) if grams else None
+    wanted, data = Mask.load(mask), Grams.load(grams) if grams else None
+    data = Calibration.load(calibration) if calibration else data
     pipe = _load(model, load)
     if percent is not None:
         wanted = wanted.at(pipe, percent / 100)
-    cut(pipe, wanted, moments, chosen.ridge)
+    cut(pipe, wanted, data, chosen)
     saving.save(pipe, out)
     wanted.save(out / "mask.safetensors")
-    details = {"model": model, "mask": wanted.info, "compensation": bool(grams)}
+    details = {"model": model, "mask": wanted.info, "compensation": data is not None}
     write_manifest(out, "prune", {**details, **chosen.model_dump()})
 
 

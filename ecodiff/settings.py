@@ -241,6 +241,11 @@ class PruneSettings(Settings):
 
     ridge: NonNegativeFloat = 1e-4
     """Compensation: ridge, relative to the mean of the Gram matrix's diagonal."""
+    groups: PositiveInt = 1
+    """Compensation: 1 solves all layers at once, on the dense model's activations. More: so many
+    groups of layers one after the other, on what the layers before them give by then."""
+    batch_size: PositiveInt = 8
+    """Compensation in groups: prompts that run together."""
 
 
 class GenerateSettings(Settings):

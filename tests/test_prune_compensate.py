@@ -13,23 +13,30 @@ from ecodiff.calibrate import calibrate, gather_grams
 from ecodiff.errors import UserError
 from ecodiff.pipelines import denoise
 from ecodiff.prune.compensate import solve
+from ecodiff.settings import PruneSettings
 from ecodiff.structures import denoiser_of, discover
 
 RIDGE = 1e-4
 
 
 def least_squares(weight, bias, x, kept, ridge):
-    """The raw problem: stacked rows of x (tokens, in), a ridge as rows of their own."""
-    stays = x[:, kept].double()
+    """The raw problem: a linear reads what it did in the dense model, in part."""
+    return least_squares_to(weight, bias, x, x[:, kept], kept, ridge)
+
+
+def least_squares_to(weight, bias, target, stays, kept, ridge):
+    """Stacked rows of `stays` (tokens, k), which are to give what `target` (tokens, in) gave; a
+    ridge as rows of their own."""
+    stays = stays.double()
     penalty = math.sqrt(ridge * float((stays**2).sum(0).mean()))
     features, ridges = [stays], [penalty * torch.eye(len(kept)).double()]
     if bias is not None:
-        features.append(torch.ones(len(x), 1).double())
+        features.append(torch.ones(len(stays), 1).double())
         ridges.append(torch.zeros(len(kept), 1).double())
-    target = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    wanted = target.double() @ weight.double().T + (0 if bias is None else bias.double())
     pull = penalty * weight[:, kept].double().T
     rows = torch.cat([torch.cat(features, 1), torch.cat(ridges, 1)])
-    found = torch.linalg.lstsq(rows, torch.cat([target, pull]), driver="gelsd").solution.T
+    found = torch.linalg.lstsq(rows, torch.cat([wanted, pull]), driver="gelsd").solution.T
     return found[:, : len(kept)], None if bias is None else found[:, -1]
 
 
@@ -114,7 +121,7 @@ def test_a_linear_that_two_structures_cut_is_solved_once_for_both():
     neurons = heads.units * heads.width + kept[f"{block}.neurons"].nonzero().flatten()
     columns = torch.cat([torch.arange(heads.width, 2 * heads.width), neurons])
     expected = least_squares(weight, bias, record(pipe, module, calibration), columns, ridge)
-    ecodiff.prune(pipe, kept, grams, ridge)
+    ecodiff.prune(pipe, kept, grams, PruneSettings(ridge=ridge))
     pruned = pipe.transformer.get_submodule(module)
     assert torch.allclose(pruned.weight.double(), expected[0], atol=2e-5)
     assert torch.allclose(pruned.bias.double(), expected[1], atol=2e-5)

@@ -1,4 +1,7 @@
-"""Least-squares compensation: re-solve surviving weights in closed form, without any training."""
+"""Least-squares compensation: re-solve surviving weights in closed form, without any training.
+
+All linears at once, each as if the others were dense; `in_groups` takes one after the other.
+"""
 
 from __future__ import annotations
 
@@ -52,10 +55,15 @@ def compensate(
             columns,
             ridge,
         )
-        with torch.no_grad():
-            linear.weight[:, columns] = weight.view(*weight.shape, *linear.weight.shape[2:])
-            if bias is not None:
-                linear.bias.copy_(bias)
+        write(linear, columns, weight, bias)
+
+
+@torch.no_grad()
+def write(linear: nn.Module, columns: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Put a solution into the columns of a linear (or 1x1 convolution) that stay, in place."""
+    linear.weight[:, columns] = weight.view(*weight.shape, *linear.weight.shape[2:])
+    if bias is not None:
+        linear.bias.copy_(bias)
 
 
 def solve(
@@ -84,23 +92,43 @@ def solve(
     Returns:
         W' (out, k) and b' (out,), in the dtype of `weight`; solved in float64.
     """
-    gone = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
-    gone[kept] = False
-    gone = gone.nonzero().flatten()
-    gram, total = gram.double(), total.double()
-    normal, right = gram[kept][:, kept], gram[gone][:, kept]
-    penalty = ridge * normal.diagonal().mean() if len(kept) else 0.0
-    normal.diagonal().add_(penalty)
+    full = gram.double()
     if bias is not None:  # a constant feature: its weight is the bias
-        edge = total[kept, None]
-        corner = total.new_full((1, 1), count)
-        normal = torch.cat([torch.cat([normal, edge], 1), torch.cat([edge.T, corner], 1)])
-        right = torch.cat([right, total[gone, None]], 1)
-    change = weight[:, gone].double() @ _solve(normal, right.T).T
-    solved = (weight[:, kept].double() + change[:, : len(kept)]).to(weight.dtype)
+        corner = total.new_full((1, 1), count, dtype=torch.float64)
+        edge = total.double()[:, None]
+        full = torch.cat([torch.cat([full, edge], 1), torch.cat([edge.T, corner], 1)])
+    stays = kept if bias is None else torch.cat([kept, kept.new_tensor([len(full) - 1])])
+    return refit(weight, bias, kept, full[stays][:, stays], full[:, stays], ridge)
+
+
+def refit(
+    weight: Tensor, bias: Tensor | None, kept: Tensor, own: Tensor, cross: Tensor, ridge: float
+) -> tuple[Tensor, Tensor | None]:
+    """Minimise ||W T + b - W' X - b'||^2 + l ||W' - W_kept||^2 over W' and b'.
+
+    T is what the linear read in the dense model and X what it reads now of the inputs that stay;
+    with a bias, both have a constant 1 as their last feature.
+
+    Args:
+        weight, bias, kept, ridge: see `solve`.
+        own: X X^T (k, k), or (k + 1, k + 1).
+        cross: T X^T (in, k), or (in + 1, k + 1).
+
+    Returns:
+        W' (out, k) and b' (out,), as `solve`.
+    """
+    dense, now = weight.double(), weight[:, kept].double()
+    if bias is not None:
+        dense, now = (torch.cat([one, bias.double()[:, None]], 1) for one in (dense, now))
+    penalty = torch.zeros_like(own.diagonal())
+    if len(kept):
+        penalty[: len(kept)] = ridge * own.diagonal()[: len(kept)].mean()
+    # Solved for the change, so that nothing changes where nothing is missing.
+    missing = dense @ cross - now @ own
+    solved = now + _solve(own + penalty.diag(), missing.T).T
     if bias is None:
-        return solved, None
-    return solved, (bias.double() + change[:, -1]).to(bias.dtype)
+        return solved.to(weight.dtype), None
+    return solved[:, :-1].to(weight.dtype), solved[:, -1].to(bias.dtype)
 
 
 def _solve(normal: Tensor, right: Tensor) -> Tensor:

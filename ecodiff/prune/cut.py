@@ -9,35 +9,37 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from ecodiff.calibrate import Calibration, Grams
 from ecodiff.errors import UserError
 from ecodiff.prune.compensate import compensate
+from ecodiff.prune.in_groups import compensate_in_groups
 from ecodiff.prune.narrow import narrow
 from ecodiff.pruned import Pruned, pruned_class
+from ecodiff.settings import PruneSettings
 from ecodiff.structures import Structure, denoiser_of, discover
 
 if TYPE_CHECKING:
-    from ecodiff.calibrate import Grams
     from ecodiff.mask import Mask
 
 
 def prune(
     pipe: DiffusionPipeline,
     mask: Mask | Mapping[str, Tensor],
-    grams: Grams | None = None,
-    ridge: float = 1e-4,
+    data: Grams | Calibration | None = None,
+    settings: PruneSettings | None = None,
 ) -> None:
     """Remove the units that the mask doesn't keep, in place (EcoDiff, "structural pruning").
 
-    The pruned model computes what the dense one does under 0/1 gates, unless `grams` are given. Its
+    The pruned model computes what the dense one does under 0/1 gates, unless `data` is given. Its
     denoiser becomes an `ecodiff.Pruned<Class>`.
 
     Args:
         pipe: a dense pipeline.
         mask: a `Mask`, or structure name -> bool (units,), true for units that stay. Structures
             that are not named stay whole.
-        grams: activations of the dense model; with them surviving weights are re-solved, see
-            `compensate`.
-        ridge: of that solution, relative to the mean of the Gram matrix's diagonal.
+        data: re-solve the surviving weights: by the dense model's `Grams` all at once, see
+            `compensate`; by a `Calibration` in groups, see `in_groups`.
+        settings: how.
 
     Raises:
         UserError: the denoiser is pruned already, or mask or grams don't fit its structures.
@@ -47,9 +49,13 @@ def prune(
         raise UserError("the denoiser is pruned already; prune the dense model with a larger mask")
     structures = discover(denoiser)
     kept = _kept_units(structures, getattr(mask, "kept", mask))
-    if grams is not None:
-        grams.check(pipe)
-        compensate(denoiser, structures, kept, grams, ridge)
+    settings = settings or PruneSettings()
+    if isinstance(data, Calibration):
+        how = (settings.groups, settings.ridge, settings.batch_size)
+        compensate_in_groups(pipe, structures, kept, data, *how)
+    elif data is not None:
+        data.check(pipe)
+        compensate(denoiser, structures, kept, data, settings.ridge)
     record = narrow(denoiser, structures, kept)
     denoiser.__class__ = pruned_class(type(denoiser))
     denoiser.register_to_config(pruned=record)

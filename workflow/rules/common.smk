@@ -172,9 +172,15 @@ def method_of(wildcards):
 
 
 def grams_of(wildcards):
-    """The activations that a compensated variant needs."""
-    compensated = Variant.parse(wildcards.variant).compensation
-    return f"{RESULTS}/{wildcards.model}/grams.safetensors" if compensated else []
+    """The activations that a variant needs whose layers are compensated all at once."""
+    needed = Variant.parse(wildcards.variant).compensation and run.prune.groups == 1
+    return f"{RESULTS}/{wildcards.model}/grams.safetensors" if needed else []
+
+
+def calibration_of(wildcards):
+    """The calibration that a variant needs whose layers are compensated in groups."""
+    needed = Variant.parse(wildcards.variant).compensation and run.prune.groups > 1
+    return calibration(wildcards) if needed else []
 
 
 def pruned_of(wildcards):

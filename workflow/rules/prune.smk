@@ -3,6 +3,7 @@ rule prune:
         model=dense_files,
         mask=mask_of,
         grams=grams_of,
+        calibration=calibration_of,
     output:
         directory("<results>/{model}/{variant}/model"),
     log:
@@ -22,12 +23,13 @@ rule prune:
         source=lookup(dpath="models/{model}/source", within=config),
         load=settings("models/{model}/load"),
         percent=percent_of,
-        grams=lambda wildcards, input: f"--grams {input.grams}" if input.grams else "",
+        grams=each("--grams", "grams"),
+        calibration=each("--calibration", "calibration"),
         settings=settings("prune"),
         code=code_hash("prune"),
     shell:
         "ecodiff prune {params.source} {input.mask} {output} --load {params.load:q} {params.grams}"
-        " --percent {params.percent} --settings {params.settings:q} > {log} 2>&1"
+        " {params.calibration} --percent {params.percent} --settings {params.settings:q} > {log} 2>&1"
 
 
 rule pruned:

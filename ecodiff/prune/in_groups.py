@@ -1,0 +1,133 @@
+"""Compensation of one group of linears after the other, on the model compensated so far."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ecodiff.calibrate import Calibration, rows_of, watched
+from ecodiff.gates import Gates
+from ecodiff.prune.compensate import refit, write
+from ecodiff.prune.narrow import consumer_columns
+from ecodiff.rollout import DenseStep, dense_steps
+from ecodiff.structures import Structure, denoiser_of
+
+
+@torch.no_grad()
+def compensate_in_groups(
+    pipe: DiffusionPipeline,
+    structures: Sequence[Structure],
+    kept: Mapping[str, Tensor],
+    calibration: Calibration,
+    groups: int,
+    ridge: float,
+    batch_size: int,
+) -> None:
+    """Re-solve each consumer so that it answers what it did in the dense model, although it reads
+    what the model pruned and compensated so far gives it. In place, before anything is cut.
+
+    Both models run on the dense trajectory's inputs, step by step, so that later layers correct
+    what earlier ones got wrong; those that lose nothing do, too. Structures without consumers are
+    gone from the start. Groups are OBS-Diff's "module packages"; its target is the pruned model's
+    own answer.
+
+    Args:
+        pipe: the dense pipeline.
+        structures, kept, ridge: see `compensate`.
+        calibration: recorded of the dense model.
+        groups: how many; 1 differs from `compensate` by structures without consumers alone.
+        batch_size: prompts that run together.
+    """
+    calibration.check(pipe)
+    denoiser = denoiser_of(pipe)
+    steps = _steps(pipe, calibration, batch_size)
+    order = _in_order(denoiser, structures, steps[0])
+    columns = {m: torch.arange(denoiser.get_submodule(m).weight.shape[1]) for m in order}
+    columns |= consumer_columns(denoiser, structures, kept)
+    columns = {module: found.to(denoiser.device) for module, found in columns.items()}
+    dense = {
+        f"{module}.{name}": value.detach().clone()
+        for module in order
+        for name, value in denoiser.get_submodule(module).named_parameters()
+    }
+    gates, solved = Gates(structures).to(denoiser.device), set[str]()
+    for group in _split(order, groups):
+        gone = [s for s in structures if s.name in kept]
+        gone = [s for s in gone if all(port.module in solved for port in s.consumers)]
+        gates.set({s.name: _stays(s, kept[s.name]) for s in gone})
+        moments = _moments(denoiser, dense, {m: columns[m] for m in group}, steps, gates)
+        for module, (own, cross) in moments.items():
+            linear = denoiser.get_submodule(module)
+            bias = dense.get(f"{module}.bias")
+            weight = dense[f"{module}.weight"].flatten(1)
+            write(linear, columns[module], *refit(weight, bias, columns[module], own, cross, ridge))
+        solved |= set(group)
+
+
+def _moments(
+    denoiser: nn.Module,
+    dense: Mapping[str, Tensor],
+    columns: Mapping[str, Tensor],
+    steps: Sequence[DenseStep],
+    gates: Gates,
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Linear -> X X^T and T X^T of `refit`, float64, summed over all steps and prompts."""
+    sums: dict[str, tuple[Tensor, Tensor]] = {}
+    for step in steps:
+        now: dict[str, Tensor] = {}
+        then: dict[str, Tensor] = {}
+        with watched(denoiser, columns, partial(_keep_rows, then)):
+            functional_call(denoiser, dict(dense), step.args, step.kwargs)
+        # Hooked first, so that inputs are seen before their own gates.
+        with watched(denoiser, columns, partial(_keep_rows, now)), gates.attached(denoiser):
+            denoiser(*step.args, **step.kwargs)
+        for module, stays in columns.items():
+            x, t = now[module][:, stays], then[module]
+            if f"{module}.bias" in dense:
+                x, t = (torch.cat([rows, rows.new_ones(len(rows), 1)], 1) for rows in (x, t))
+            own, cross = sums.get(module, (0.0, 0.0))
+            sums[module] = (own + (x.T @ x).double(), cross + (t.T @ x).double())
+    return sums
+
+
+def _keep_rows(
+    found: dict[str, Tensor], name: str, layer: nn.Module, args: tuple[Any, ...]
+) -> None:
+    found[name] = rows_of(layer, args[0])
+
+
+def _steps(pipe: DiffusionPipeline, calibration: Calibration, batch_size: int) -> list[DenseStep]:
+    device, steps = denoiser_of(pipe).device, []
+    for rows in torch.arange(len(calibration.prompts)).split(batch_size):
+        embeds, noise, _ = calibration.batch(rows, device)
+        steps += dense_steps(pipe, embeds, noise, calibration.call)
+    return steps
+
+
+def _in_order(denoiser: nn.Module, structures: Sequence[Structure], step: DenseStep) -> list[str]:
+    """The consumers in the order in which a forward pass runs them."""
+    names = dict.fromkeys(port.module for s in structures for port in s.consumers)
+    seen: dict[str, None] = {}
+    with watched(denoiser, names, lambda name, *_: seen.setdefault(name)):
+        denoiser(*step.args, **step.kwargs)
+    return [*seen]
+
+
+def _split(order: Sequence[str], groups: int) -> list[Sequence[str]]:
+    """Neighbours together, in `groups` parts of nearly equal size, or fewer."""
+    count = min(groups, len(order))
+    edges = [part * len(order) // count for part in range(count + 1)]
+    return [order[first:last] for first, last in pairwise(edges)]
+
+
+def _stays(structure: Structure, kept: Tensor) -> Tensor:
+    mask = torch.zeros(structure.units)
+    mask[kept] = 1
+    return mask
