@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ecodiff.toys import text
 from ecodiff.toys.training import DEVICE, Latents, Recipe, fit
 
-RECIPE = Recipe(cycles=(4100, 8000), batch=48, lr=1.5e-3, warmup=200)
+RECIPE = Recipe(cycles=(4100, 8000, 8000), batch=48, lr=1.5e-3, warmup=200)
 HEADS, HEAD_DIM = 4, 24
 # Rotary frequencies are 10000^(-2i/d): with fewer than ten numbers an axis, hardly one but the
 # fastest tells the places of an 8x8 grid apart.

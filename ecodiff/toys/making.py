@@ -20,7 +20,7 @@ from ecodiff.toys.training import Recipe, to_tensor
 
 CALLS: dict[str, dict[str, int | float]] = {
     "toy-sdxl": {"num_inference_steps": 6, "guidance_scale": 3.0, "height": 64, "width": 64},
-    "toy-flux": {"num_inference_steps": 6, "max_sequence_length": 16, "height": 64, "width": 64},
+    "toy-flux": {"num_inference_steps": 8, "max_sequence_length": 16, "height": 64, "width": 64},
 }
 BATCH = 64
 HELD_OUT = 256  # captions that a card's scores are measured on
