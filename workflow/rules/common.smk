@@ -79,8 +79,13 @@ def quality_settings():
 
 
 def each(flag, name):
-    """A flag before each file of a named input."""
-    return lambda wildcards, input: [f"{flag} {path}" for path in input.get(name)]
+    """A flag before each file of a named input, which may be one file, several or none."""
+
+    def flags(wildcards, input):
+        found = input.get(name)
+        return [f"{flag} {path}" for path in ([found] if isinstance(found, str) else found)]
+
+    return flags
 
 
 def resource(name):
