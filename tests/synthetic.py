@@ -91,6 +91,7 @@ def _variant(
         "ssim": 1 - 0.4 * harm,
         "psnr": None if variant.is_dense else 30 - 12 * harm,
         "latent_error": 1.3 * harm,
+        "latent_error_median": 0.1 * harm,
     }
     for index, scene in enumerate(scenes):
         path = folder / variant.name / "images" / str(index // 5) / f"{index:05d}.png"

@@ -92,6 +92,9 @@ def test_latent_error_is_the_squared_error_over_the_variance_of_the_whole_set(
     judged = Judge(gallery.prompts, gallery.dense, gallery.settings)(gallery.pruned)
     expected = (gallery.z1 - gallery.z0).square().mean() / gallery.z0.var(correction=0)
     assert judged["latent_error"] == pytest.approx(expected.item(), rel=1e-5)
+    each = (gallery.z1 - gallery.z0).square().flatten(1).mean(1) / gallery.z0.var(correction=0)
+    low, high = sorted(each.tolist())[COUNT // 2 - 1 : COUNT // 2 + 1]
+    assert judged["latent_error_median"] == pytest.approx((low + high) / 2, rel=1e-5)
 
 
 def test_psnr_is_that_of_the_pooled_error(gallery: Gallery) -> None:

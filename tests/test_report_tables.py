@@ -30,8 +30,8 @@ def test_a_row_for_each_variant_with_the_values_of_its_files(results: Results) -
     folder = results.folder / "toy-sdxl"
     judged = json.loads((folder / "quality.json").read_text())["ecodiff-20-comp"]
     cost = json.loads((folder / "efficiency.json").read_text())["ecodiff-20-comp"]
-    for key in ("fid", "kid", "clip_score", "scene_accuracy", "ssim", "psnr", "latent_error"):
-        assert row[key] == judged[key]
+    for metric in QUALITY:
+        assert row[metric.key] == judged[metric.key]
     for key in ("parameters", "gmacs", "latency_ms_per_image", "peak_memory_mb", "disk_mb"):
         assert row[key] == cost[key]
     assert row["method"] == "EcoDiff + least squares"

@@ -40,7 +40,8 @@ plt.rcParams.update(
 )
 REMOVED = "Parameters removed (% of the denoiser)"
 _QUARTILES = ("low", "high")
-COMPARED_TO_DENSE = {"ssim", "psnr", "latent_error"}  # the dense model itself is no reference there
+# The dense model itself is no reference there.
+COMPARED_TO_DENSE = {"ssim", "psnr", "latent_error", "latent_error_median"}
 
 
 def quality(results: Results, model: str) -> Figure:
@@ -69,7 +70,7 @@ def quality(results: Results, model: str) -> Figure:
             axis.axhline(dense, color=colour(variants[0]), linestyle=":", label="Dense")
         axis.set(title=metric.title, ylabel=metric.name, xlabel=REMOVED)
         axis.set_xticks(_at_most(10, sorted({variant.percent for variant in variants[1:]})))
-        if metric.key == "latent_error":
+        if metric.key.startswith("latent_error"):
             decades(axis, "y")
     _legend(axes.flat[0], list(axes.flat[len(shown) :]), figure)
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.12)

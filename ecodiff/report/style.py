@@ -96,6 +96,13 @@ QUALITY = (
     Quantity(
         "latent_error", "Relative latent error", digits=".4f", better="lower", short="z0 error"
     ),
+    Quantity(
+        "latent_error_median",
+        "Relative latent error, median (10⁻³)",
+        1e3,
+        better="lower",
+        short="median 10⁻³",
+    ),
 )
 COST = (
     Quantity("parameters", "Parameters (M)", 1e-6),
