@@ -261,7 +261,7 @@ def house(tmp_path_factory):
     for name in ("workflow", "config", "ecodiff"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     prompts = {name: {"source": "shapeworld", "count": 3} for name in ("calibration", "evaluation")}
-    write_config(folder / "config", prompts=prompts)
+    write_config(folder / "config", prompts=prompts, ablations=None)
     done = snakemake(folder, *made(folder), "--cores", 1, root=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
