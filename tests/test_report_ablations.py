@@ -9,7 +9,12 @@ from ecodiff.errors import UserError
 from ecodiff.report.ablations import ablation_table, draw, readable, write_ablations
 
 CALL = {"num_inference_steps": 4, "height": 64, "width": 64}
-ERRORS = {"default": (0.1, 0.2), "batch-3": (0.3, 0.4), "loss-per-step": (0.5, 0.6)}
+ERRORS = {
+    "default": (0.1, 0.2),
+    "batch-3": (0.3, 0.4),
+    "batch-2": (0.7, 0.8),
+    "loss-per-step": (0.5, 0.6),
+}
 
 
 @pytest.fixture
@@ -39,7 +44,7 @@ def run(tmp_path: Path) -> tuple[Config, Path]:
             "ablations": {
                 "prompts": "validation",
                 "judged_at": [0.1, 0.2],
-                "vary": {"batch": [3], "loss": ["per-step"]},
+                "vary": {"batch": [3, 2], "loss": ["per-step"]},
             },
         }
     )
@@ -48,7 +53,7 @@ def run(tmp_path: Path) -> tuple[Config, Path]:
 
 def test_a_row_a_model_point_and_sparsity(run: tuple[Config, Path]) -> None:
     table = ablation_table(*run)
-    assert len(table) == 2 * 3 * 2
+    assert len(table) == 2 * 4 * 2
     found = table.set_index(["model", "setting", "value", "sparsity"]).loc[("b", "batch", "3", 0.2)]
     assert (found["latent_error"], found["median_error"]) == (1.8, 0.8)
     assert found["seconds"] == 11
@@ -60,7 +65,8 @@ def test_sparsities_stand_side_by_side(run: tuple[Config, Path]) -> None:
     assert shown.to_numpy().tolist() == [
         ["default", "", "100.00", "200.00", "1.1000", "1.2000", "10"],
         ["batch", "3", "300.00", "400.00", "1.3000", "1.4000", "11"],
-        ["loss", "per-step", "500.00", "600.00", "1.5000", "1.6000", "12"],
+        ["batch", "2", "700.00", "800.00", "1.7000", "1.8000", "12"],
+        ["loss", "per-step", "500.00", "600.00", "1.5000", "1.6000", "13"],
     ]
 
 
@@ -68,16 +74,19 @@ def test_the_figure_has_a_panel_a_model_and_a_marker_a_number(run: tuple[Config,
     figure = draw(ablation_table(*run))
     assert [axis.get_title() for axis in figure.axes] == ["a", "b"]
     drawn = [line for line in figure.axes[1].get_lines() if line.get_marker() == "o"]
-    assert [line.get_xdata().tolist() for line in drawn] == [[0.2, 0.6, 1.0], [0.4, 0.8, 1.2]]
+    assert [line.get_xdata().tolist() for line in drawn] == [
+        [0.2, 0.6, 1.4, 1.0],
+        [0.4, 0.8, 1.6, 1.2],
+    ]
     names = [tick.get_text() for tick in figure.axes[0].get_yticklabels()]
-    assert names == ["default", "batch 3", "loss per-step"]
+    assert names == ["default", "batch 3", "batch 2", "loss per-step"]
     plt.close(figure)
 
 
 def test_tables_and_figures_are_written(run: tuple[Config, Path]) -> None:
     write_ablations(ablation_table(*run), run[1])
     assert "| batch | 3 | 300.00 |" in (run[1] / "tables/ablations.md").read_text()
-    assert len(pd.read_csv(run[1] / "tables/ablations.csv")) == 12
+    assert len(pd.read_csv(run[1] / "tables/ablations.csv")) == 16
     for suffix in ("png", "pdf"):
         assert (run[1] / f"figures/ablations.{suffix}").stat().st_size > 1000
 

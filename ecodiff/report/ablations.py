@@ -65,7 +65,8 @@ def write_ablations(table: pd.DataFrame, run: Path) -> None:
 def readable(table: pd.DataFrame) -> pd.DataFrame:
     """One model's rows with the sparsities side by side."""
     keys = ["setting", "value", "seconds"]
-    wide = table.pivot_table(values=[*ERRORS], index=keys, columns="sparsity", sort=False)
+    order = pd.MultiIndex.from_frame(table[keys].drop_duplicates())
+    wide = table.set_index([*keys, "sparsity"])[[*ERRORS]].unstack().reindex(order)
     shown = pd.DataFrame({"Setting": wide.index.get_level_values("setting")})
     shown["Value"] = wide.index.get_level_values("value")
     for key, quantity in ERRORS.items():
