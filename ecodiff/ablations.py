@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field
+from ecodiff.settings import LearningRates, MaskSettings, Name, Settings, Share
 
-from ecodiff.settings import LearningRates, MaskSettings, Name, Settings
-
-Share = Annotated[float, Field(gt=0, lt=1)]
 DEFAULT = "default"
 
 

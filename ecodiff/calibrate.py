@@ -57,9 +57,15 @@ class Calibration:
         embeds = {key: value[rows].to(device) for key, value in self.embeds.items()}
         return embeds, self.noise[rows].to(device), self.z0[rows].to(device)
 
+    def batches(
+        self, size: int, device: torch.device | str = "cpu"
+    ) -> Iterator[tuple[dict[str, Tensor], Tensor, Tensor]]:
+        """All prompts in order, `size` of them at a time, as `batch` gives them."""
+        return (self.batch(chunk, device) for chunk in _chunks(len(self.prompts), size))
+
     def first(self, count: int | None) -> Self:
         """The same of the first prompts alone; None: all. `UserError` when there are fewer."""
-        if count is None:
+        if count in (None, len(self.prompts)):
             return self
         if count > len(self.prompts):
             raise UserError(f"mask.prompts: {count}, but the calibration has {len(self.prompts)}")
@@ -69,11 +75,8 @@ class Calibration:
 
     def drawn_by(self, pipe: DiffusionPipeline, batch_size: int) -> Tensor:
         """What `pipe`, pruned or gated, makes of the same prompts and noise: shaped as `z0`."""
-        place, latents = denoiser_of(pipe).device, []
-        for chunk in _chunks(len(self.prompts), batch_size):
-            embeds, noise, _ = self.batch(chunk, place)
-            latents.append(denoise(pipe, embeds, noise, self.call).cpu())
-        return torch.cat(latents)
+        batches = self.batches(batch_size, denoiser_of(pipe).device)
+        return torch.cat([denoise(pipe, e, noise, self.call).cpu() for e, noise, _ in batches])
 
     def check(self, pipe: DiffusionPipeline) -> None:
         """Raise `UserError` when this was recorded from another model than `pipe`."""

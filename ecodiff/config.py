@@ -40,6 +40,7 @@ from ecodiff.settings import (
     RetrainSection,
     RetrainSettings,
     Settings,
+    Share,
 )
 
 __all__ = [
@@ -86,7 +87,7 @@ class VariantSettings(Settings):
     """A family of variants: one a sparsity."""
 
     method: Method
-    sparsities: tuple[Annotated[float, Field(gt=0, lt=1)], ...]
+    sparsities: tuple[Share, ...]
     """Shares of the denoiser's parameters to remove, in whole per cent."""
     compensation: bool = False
     """Re-solve the surviving weights by least squares."""

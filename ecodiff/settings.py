@@ -31,6 +31,7 @@ LEARNED = ("ecodiff", "per-step")  # the others score at once, for all sparsitie
 BLIND = ("magnitude", "magnitude-local", "random")  # they look at no data
 RetrainKind = Literal["lora", "full"]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
+Share = Annotated[float, Field(gt=0, lt=1)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -303,6 +304,6 @@ class ReportSettings(Settings):
     """A csv of published results to show beside ours."""
     examples: PositiveInt = 8
     """Prompts in the picture grid."""
-    shown: tuple[Annotated[float, Field(gt=0, lt=1)], ...] | None = None
+    shown: tuple[Share, ...] | None = None
     """Sparsities in figures that have a row or column a variant; null: all. Such figures show the
     first seed alone."""

@@ -10,9 +10,8 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
 )
-from tiny import CALLS, tiny
+from tiny import calibrated
 
-from ecodiff.calibrate import calibrate
 from ecodiff.denoising_loss import conditioned, objective
 from ecodiff.errors import UserError
 from ecodiff.pipelines import denoise
@@ -20,11 +19,6 @@ from ecodiff.structures import denoiser_of
 
 FAMILIES = ("sdxl", "flux")
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-
-
-def calibrated(family):
-    pipe = tiny(family)
-    return pipe, calibrate(pipe, ["a red square", "a blue ring"], [1, 2], CALLS[family], 2)
 
 
 def latents(seed):

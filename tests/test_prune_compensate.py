@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from tiny import CALLS, tiny
+from tiny import calibrated, tiny
 
 import ecodiff
-from ecodiff.calibrate import calibrate, gather_grams
+from ecodiff.calibrate import gather_grams
 from ecodiff.errors import UserError
 from ecodiff.pipelines import denoise
 from ecodiff.prune.compensate import solve
@@ -94,11 +94,6 @@ def record(pipe, module, calibration):
     denoise(pipe, calibration.embeds, calibration.noise, calibration.call)
     hook.remove()
     return torch.cat(rows)
-
-
-def calibrated(family):
-    pipe = tiny(family)
-    return pipe, calibrate(pipe, ["a red square", "a blue ring"], [1, 2], CALLS[family], 2)
 
 
 def random_mask(structures, kinds):

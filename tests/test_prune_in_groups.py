@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from test_prune_compensate import calibrated, least_squares_to, random_mask, record
+from test_prune_compensate import least_squares_to, random_mask, record
+from tiny import calibrated
 
 import ecodiff
 from ecodiff.calibrate import gather_grams

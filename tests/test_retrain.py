@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from tiny import CALLS, tiny
+from tiny import calibrated, tiny
 
 import ecodiff
-from ecodiff.calibrate import calibrate
 from ecodiff.errors import UserError
 from ecodiff.pipelines import denoise
 from ecodiff.pruned import Pruned
@@ -21,11 +20,6 @@ SETTINGS = {
     "lora": RetrainSettings(kind="lora", rank=4, lr=1e-2, steps=2, batch=2),
     "full": RetrainSettings(kind="full", lr=1e-3, steps=2, batch=2),
 }
-
-
-def calibrated(family):
-    pipe = tiny(family)
-    return pipe, calibrate(pipe, ["a red square", "a blue ring"], [1, 2], CALLS[family], 2)
 
 
 def pruned(family):

@@ -52,6 +52,7 @@ from transformers import (
     UMT5EncoderModel,
 )
 
+from ecodiff.calibrate import Calibration, calibrate
 from ecodiff.toys import flux, sdxl, text, vae, world
 
 SMALL = {"num_inference_steps": 2, "height": 32, "width": 32}
@@ -429,3 +430,9 @@ def _awake(pipe: DiffusionPipeline) -> DiffusionPipeline:
                     torch.nn.init.normal_(parameter, std=0.05)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def calibrated(family: str) -> tuple[DiffusionPipeline, Calibration]:
+    """A dense pipeline and its calibration on two prompts."""
+    pipe = tiny(family)
+    return pipe, calibrate(pipe, ["a red square", "a blue ring"], [1, 2], CALLS[family], 2)

@@ -92,8 +92,8 @@ def score(
         seed: of `random` and `taylor`.
         calibration: what `calibrate` recorded of this model; all methods but `magnitude`,
             `magnitude-local` and `random` need it.
-        settings: `ecodiff`, `per-step`: how to learn; their own seed counts. The others read the
-            batch size alone.
+        settings: `ecodiff`, `per-step`: how to learn; their own seed counts. The others read
+            the batch size and the number of prompts.
         sparsity: `ecodiff`, `per-step` with the objective `budget`: what to aim at.
 
     Returns:

@@ -48,11 +48,11 @@ def scored(pipe: DiffusionPipeline, method: str, request: Request) -> tuple[Scor
 
 
 def _learned(pipe: DiffusionPipeline, request: Request) -> tuple[Scores, pd.DataFrame]:
-    request.recorded("ecodiff")
+    calibration = request.recorded("ecodiff")
     if request.settings.objective == "budget" and request.sparsity is None:
         raise UserError("method ecodiff: the objective budget needs a sparsity to aim at")
     target = request.sparsity or 0.0
-    return learn.learn_mask(pipe, request.calibration, request.settings, target, request.scratch)
+    return learn.learn_mask(pipe, calibration, request.settings, target, request.scratch)
 
 
 def _per_step(pipe: DiffusionPipeline, request: Request) -> tuple[Scores, pd.DataFrame]:

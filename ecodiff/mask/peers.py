@@ -98,10 +98,10 @@ def taylor(
     sums = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
     noise = torch.randn(calibration.z0.shape, generator=torch.Generator().manual_seed(seed))
     chunks = []
-    for rows in torch.arange(len(noise)).split(batch):
-        embeds, start, z0 = calibration.batch(rows, denoiser.device)
+    batches = calibration.batches(batch, denoiser.device)
+    for (embeds, start, z0), drawn in zip(batches, noise.split(batch), strict=True):
         prepared = conditioned(pipe, embeds, start, calibration.call)
-        chunks.append((prepared, z0, noise[rows].to(z0)))
+        chunks.append((prepared, z0, drawn.to(z0)))
     loss_of, largest = objective(pipe.scheduler), 0.0
     for timestep in loss_of.spread(TIMESTEPS):
         total, gradients = 0.0, [0.0] * len(weights)

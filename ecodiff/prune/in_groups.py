@@ -47,7 +47,8 @@ def compensate_in_groups(
     """
     calibration.check(pipe)
     denoiser = denoiser_of(pipe)
-    steps = _steps(pipe, calibration, batch_size)
+    batches = calibration.batches(batch_size, denoiser.device)
+    steps = [s for e, noise, _ in batches for s in dense_steps(pipe, e, noise, calibration.call)]
     order = _in_order(denoiser, structures, steps[0])
     columns = {m: torch.arange(denoiser.get_submodule(m).weight.shape[1]) for m in order}
     columns |= consumer_columns(denoiser, structures, kept)
@@ -101,14 +102,6 @@ def _keep_rows(
     found: dict[str, Tensor], name: str, layer: nn.Module, args: tuple[Any, ...]
 ) -> None:
     found[name] = rows_of(layer, args[0])
-
-
-def _steps(pipe: DiffusionPipeline, calibration: Calibration, batch_size: int) -> list[DenseStep]:
-    device, steps = denoiser_of(pipe).device, []
-    for rows in torch.arange(len(calibration.prompts)).split(batch_size):
-        embeds, noise, _ = calibration.batch(rows, device)
-        steps += dense_steps(pipe, embeds, noise, calibration.call)
-    return steps
 
 
 def _in_order(denoiser: nn.Module, structures: Sequence[Structure], step: DenseStep) -> list[str]:

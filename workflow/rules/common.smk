@@ -176,16 +176,14 @@ def method_of(wildcards):
     return Variant.parse(wildcards.mask).method
 
 
-def grams_of(wildcards):
-    """The activations that a variant needs whose layers are compensated all at once."""
-    needed = Variant.parse(wildcards.variant).compensation and run.prune.groups == 1
-    return f"{RESULTS}/{wildcards.model}/grams.safetensors" if needed else []
-
-
-def calibration_of(wildcards):
-    """The calibration that a variant needs whose layers are compensated in groups."""
-    needed = Variant.parse(wildcards.variant).compensation and run.prune.groups > 1
-    return calibration(wildcards) if needed else []
+def compensation_of(wildcards):
+    """What a variant is compensated by: activations, all layers at once, or a calibration, in
+    groups; nothing for others."""
+    if not Variant.parse(wildcards.variant).compensation:
+        return {}
+    if run.prune.groups > 1:
+        return {"calibration": calibration(wildcards)}
+    return {"grams": f"{RESULTS}/{wildcards.model}/grams.safetensors"}
 
 
 def pruned_of(wildcards):

@@ -1,9 +1,8 @@
 rule prune:
     input:
+        unpack(compensation_of),
         model=dense_files,
         mask=mask_of,
-        grams=grams_of,
-        calibration=calibration_of,
     output:
         directory("<results>/{model}/{variant}/model"),
     log:
@@ -23,13 +22,14 @@ rule prune:
         source=lookup(dpath="models/{model}/source", within=config),
         load=settings("models/{model}/load"),
         percent=percent_of,
-        grams=each("--grams", "grams"),
-        calibration=each("--calibration", "calibration"),
+        data=lambda wildcards: [
+            f"--{kind} {path}" for kind, path in compensation_of(wildcards).items()
+        ],
         settings=settings("prune"),
         code=code_hash("prune"),
     shell:
-        "ecodiff prune {params.source} {input.mask} {output} --load {params.load:q} {params.grams}"
-        " {params.calibration} --percent {params.percent} --settings {params.settings:q} > {log} 2>&1"
+        "ecodiff prune {params.source} {input.mask} {output} --load {params.load:q} {params.data}"
+        " --percent {params.percent} --settings {params.settings:q} > {log} 2>&1"
 
 
 rule pruned:
