@@ -136,6 +136,18 @@ class Gates(nn.Module):
             }
         )
 
+    def open(self, batch: int) -> dict[str, Tensor]:
+        """Hold fully open gates, one a unit and prompt, until the next call.
+
+        Returns structure name -> (batch, units), leaves that take gradients.
+        """
+        leaves = {
+            name: torch.ones(batch, len(logits), device=logits.device, requires_grad=True)
+            for name, logits in self.logits.items()
+        }
+        self._hold(leaves)
+        return leaves
+
     def _hold(self, values: dict[str, Tensor]) -> None:
         """Lay the gates out as one multiplier a linear; several structures may share a linear."""
         self._multipliers = {

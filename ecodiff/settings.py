@@ -18,6 +18,8 @@ from pydantic import (
 
 Method = Literal[
     "ecodiff",
+    "sensitivity",
+    "flat-start",
     "per-step",
     "obs",
     "wanda",
@@ -27,7 +29,7 @@ Method = Literal[
     "magnitude-local",
     "random",
 ]
-LEARNED = ("ecodiff", "per-step")  # the others score at once, for all sparsities
+LEARNED = ("ecodiff", "flat-start", "per-step")  # the others score at once, for all sparsities
 BLIND = ("magnitude", "magnitude-local", "random")  # they look at no data
 RetrainKind = Literal["lora", "full"]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
@@ -141,8 +143,9 @@ class MaskSettings(Settings):
     loss: Literal["end-to-end", "per-step"] = "end-to-end"
     """`end-to-end`: the final latent must not change. `per-step`: each step's prediction must not,
     on the dense model's own latents; the paper's ablation, far worse."""
-    first_logit: float = 3.0
-    """Where all logits start."""
+    first_logit: float | Literal["sensitivity"] = "sensitivity"
+    """Where logits start: `sensitivity`: each by what its unit is worth alone, to second order. A
+    number: all there, as in the paper, which starts at 3."""
     lr: LearningRates = LearningRates()
     lr_warmup: NonNegativeInt = 0
     """Iterations over which learning rates rise to their full value."""
@@ -162,7 +165,8 @@ class MaskSettings(Settings):
     accumulate: PositiveInt = 1
     """Batches whose mean gradient makes one update."""
     warmup: Annotated[float, Field(ge=0, le=1)] = 0.3
-    """budget: share of the iterations over which the target rises to the full sparsity."""
+    """budget: share of the iterations over which the target rises to the full sparsity, where all
+    logits start at one value."""
     multiplier_lr: PositiveFloat = 0.01
     """budget: learning rate of the multipliers' ascent."""
     checkpoint: bool = True

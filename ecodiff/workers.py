@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
-from torch import nn
+from torch import Tensor
 
 
 class Workers:
@@ -44,12 +44,12 @@ class Workers:
         """The mean over all processes of a number."""
         return reduce(torch.tensor(value, device=self.device), "mean").item()
 
-    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replace each gradient by its mean over all processes, in one exchange."""
+    def average(self, tensors: Iterable[Tensor]) -> None:
+        """Replace each tensor by its mean over all processes, in place and in one exchange."""
         if self.count == 1:
             return
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        together = reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
-        sizes = [gradient.numel() for gradient in gradients]
-        for gradient, mean in zip(gradients, together.split(sizes), strict=True):
-            gradient.copy_(mean.view_as(gradient))
+        tensors = list(tensors)
+        together = reduce(torch.cat([tensor.flatten() for tensor in tensors]), "mean")
+        sizes = [tensor.numel() for tensor in tensors]
+        for tensor, mean in zip(tensors, together.split(sizes), strict=True):
+            tensor.copy_(mean.view_as(tensor))

@@ -86,6 +86,7 @@ def _variant(
         "fid": 2 + 60 * harm,
         "kid": 0.001 + 0.05 * harm,
         "kid_std": 0.001,
+        "cmmd": 0.02 + harm,
         "clip_score": 0.33 - 0.1 * harm,
         "scene_accuracy": max(0.0, 0.95 - harm),
         "ssim": 1 - 0.4 * harm,

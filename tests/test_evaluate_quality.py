@@ -133,6 +133,16 @@ def test_kid_is_the_cubic_kernel_distance_and_repeats(gallery: Gallery) -> None:
     assert first["kid"] == pytest.approx(whole.item(), abs=3 * first["kid_std"])
 
 
+def test_cmmd_is_the_gaussian_kernel_distance_of_normalised_embeddings(gallery: Gallery) -> None:
+    judge = Judge(gallery.prompts, gallery.dense, gallery.settings)
+    both = [judge.clip.images(images).double() for images in (gallery.true, gallery.noisy)]
+    x, y = (one / one.norm(dim=1, keepdim=True) for one in both)
+    kernel = lambda a, b: torch.exp(-torch.cdist(a, b).square() / (2 * 10**2)).mean()  # noqa: E731
+    expected = 1000 * (kernel(x, x) + kernel(y, y) - 2 * kernel(x, y)).item()
+    assert judge(gallery.pruned)["cmmd"] == pytest.approx(expected, rel=1e-6)
+    assert judge(gallery.dense)["cmmd"] == pytest.approx(0, abs=1e-9)  # they are the real ones
+
+
 def test_clip_score_uses_the_evaluation_preprocessing(gallery: Gallery, clip: str) -> None:
     """The augmentation of training crops at random: fault 22 of the public code."""
     model, _, evaluation = open_clip.create_model_and_transforms(clip)
@@ -163,7 +173,7 @@ def test_other_captions_have_no_scene_accuracy(gallery: Gallery) -> None:
 def test_without_real_images_there_is_no_fid(gallery: Gallery) -> None:
     gallery.prompts["image"] = None
     judged = Judge(gallery.prompts, gallery.dense, gallery.settings)(gallery.pruned)
-    assert (judged["fid"], judged["kid"], judged["kid_std"]) == (None, None, None)
+    assert [judged[key] for key in ("fid", "kid", "kid_std", "cmmd")] == [None] * 4
     assert judged["ssim"] is not None
 
 

@@ -92,7 +92,7 @@ def test_configs_name_the_methods_that_there_are():
 
 
 def test_an_unknown_method_lists_the_known_ones(pipe):
-    with pytest.raises(UserError, match=r"ecodiff, per-step, obs, .*, random"):
+    with pytest.raises(UserError, match=r"ecodiff, sensitivity, .*, random"):
         score(pipe, "ecodif")
 
 

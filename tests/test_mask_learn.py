@@ -49,7 +49,8 @@ def sdxl():
 
 def learner(given, **settings):
     pipe, calibration = given
-    return learner_module.Learner(pipe, calibration, MaskSettings(**{**QUICK, **settings}), 0.1)
+    flat = {**QUICK, "first_logit": 3.0, **settings}
+    return learner_module.Learner(pipe, calibration, MaskSettings(**flat), 0.1)
 
 
 def update(made, iteration=0):
@@ -265,7 +266,7 @@ def test_learning_rates_rise_in_the_warm_up(flux):
 
 
 def test_learning_stops_when_the_ranking_no_longer_changes(flux):
-    settings = {"iterations": 9, "batch": 1, "patience": 2, "warmup": 0.5}
+    settings = {"iterations": 9, "batch": 1, "patience": 2, "first_logit": 3.0, "warmup": 0.5}
     still = MaskSettings(**settings, lr={"heads": 1e-9, "neurons": 1e-9, "modulation": 1e-9})
     _, history = learn_mask(*flux, still, 0.1)
     assert len(history) == 5  # not before the target has risen to the end
@@ -336,7 +337,7 @@ def test_a_loss_that_is_not_finite_stops_names_prompts_and_keeps_the_state(flux,
     broken.embeds["prompt_embeds"][order[0]] = torch.nan
     scratch = tmp_path / "state.safetensors"
     with pytest.raises(UserError, match=rf"iteration 1: .*{PROMPTS[order[0]]}"):
-        learn_mask(pipe, broken, MaskSettings(**QUICK), 0.1, scratch)
+        learn_mask(pipe, broken, MaskSettings(**QUICK, first_logit=3.0), 0.1, scratch)
     with safe_open(scratch, framework="pt") as file:
         history = json.loads(file.metadata()["ecodiff"])["info"]["history"]
         assert len(history) == 1

@@ -93,7 +93,7 @@ def test_the_budget_lands_by_itself_and_removes_what_matters_least(sparsity, ite
     importance = torch.exp(2 * torch.randn(600, generator=generator))
     structure = Structure("a.neurons", "neurons", 600, 1, (), (), unit_parameters=1)
     settings = MaskSettings(iterations=iterations)
-    gates = Gates([structure], settings.first_logit, settings.noise_floor)
+    gates = Gates([structure], 3.0, settings.noise_floor)
     logits = gates.logits["a.neurons"]
     optimiser = optimiser_of([{"params": [logits], "lr": lr}])
     budget = Budget(sparsity, settings.warmup, settings.multiplier_lr)

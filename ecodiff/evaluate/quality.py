@@ -39,7 +39,7 @@ class Judge:
 
         Args:
             prompts: columns `index` (int), `prompt` (str), `image` (path of a real image, or None
-                for all: then there is no FID and no KID).
+                for all: then there is no FID, KID and CMMD).
             dense: the dense model's pictures of the same prompts.
             settings: the `evaluate` section of the config.
             device: where the feature networks run.
@@ -57,7 +57,7 @@ class Judge:
         )
         self.shares_features = settings.features == "clip"
         self.texts = torch.cat([self.clip.texts(self.captions[rows]) for rows in self._batches()])
-        self.real = self._real_features()
+        self.real, self.real_embedded = self._of_real_images()
         self.is_shapeworld = all(map(_is_shapeworld, self.captions))
 
     def __call__(self, samples: Samples) -> dict[str, float | int | None]:
@@ -66,7 +66,9 @@ class Judge:
         Returns:
             count: pictures judged.
             fid: Frechet distance to the real images; None without real images.
-            kid, kid_std: kernel distance to the real images and its deviation over subsets.
+            kid, kid_std: kernel distance to the real images and its deviation over subsets. An
+                unbiased estimate, so it can be below zero.
+            cmmd: kernel distance of CLIP's embeddings to those of the real images, see `cmmd`.
             clip_score: mean cosine of image and caption.
             scene_accuracy: share of pictures that the ShapeWorld checker finds to show what
                 the caption says; None unless every caption is ShapeWorld's.
@@ -82,15 +84,15 @@ class Judge:
         _same_prompts(samples, self.dense.index)
         ssim = StructuralSimilarityIndexMeasure(data_range=1.0)
         psnr = PeakSignalNoiseRatio(data_range=1.0)
-        features, cosines, met, errors = [], [], [], []
+        features, embeddings, met, errors = [], [], [], []
         moments = torch.zeros(3, dtype=torch.float64)
         for rows in self._batches():
             images, dense = samples.images(rows), self.dense.images(rows)
             if images.shape != dense.shape:
                 raise UserError(f"evaluate: pictures are {images.shape}, dense {dense.shape}")
             embedded = self.clip.images(images)
+            embeddings.append(embedded)
             features.append(embedded if self.shares_features else self.features(images))
-            cosines.append(F.cosine_similarity(embedded, self.texts[rows]))
             ssim.update(_unit(images), _unit(dense))
             psnr.update(_unit(images), _unit(dense))
             dense_z0 = self.dense.latents(rows).double()
@@ -101,10 +103,12 @@ class Judge:
                     checker.meets(i, c) for i, c in zip(images, self.captions[rows], strict=True)
                 ]
         noise, relative = psnr.compute().item(), torch.cat(errors) / _variance(moments)
+        embedded = torch.cat(embeddings)
         return {
             "count": len(samples),
             **self._distances(torch.cat(features)),
-            "clip_score": torch.cat(cosines).mean().item(),
+            "cmmd": None if self.real is None else cmmd(self.real_embedded, embedded),
+            "clip_score": F.cosine_similarity(embedded, self.texts).mean().item(),
             "scene_accuracy": float(np.mean(met)) if self.is_shapeworld else None,
             "ssim": ssim.compute().item(),
             "psnr": noise if np.isfinite(noise) else None,
@@ -118,22 +122,24 @@ class Judge:
             for start in range(0, len(self.prompts), self.batch_size)
         )
 
-    def _real_features(self) -> Tensor | None:
-        """Features of the real images, cut to the shape of the pictures around their centres."""
+    def _of_real_images(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Features and CLIP's embeddings of the real images, cut to the shape of the pictures
+        around their centres."""
         paths = self.prompts["image"]
         if paths.isna().all():
-            return None
+            return None, None
         if paths.isna().any():
             without = self.prompts["index"][paths.isna()].iloc[0]
             raise UserError(f"prompts: prompt {without} has no image, but others have")
         if len(paths) < 4:
             raise UserError(f"prompts: FID and KID need at least 4 prompts, not {len(paths)}")
         height, width = self.dense.images(slice(0, 1)).shape[1:3]
-        batches = (
-            np.stack([np.asarray(read_image(path, (width, height))) for path in paths[rows]])
-            for rows in self._batches()
-        )
-        return torch.cat([self.features(images) for images in batches])
+        features, embeddings = [], []
+        for rows in self._batches():
+            images = np.stack([np.asarray(read_image(p, (width, height))) for p in paths[rows]])
+            embeddings.append(self.clip.images(images))
+            features.append(embeddings[-1] if self.shares_features else self.features(images))
+        return torch.cat(features), torch.cat(embeddings)
 
     def _distances(self, features: Tensor) -> dict[str, float | None]:
         """FID and KID by torchmetrics, in double precision; KID's subsets are always the same."""
@@ -151,6 +157,20 @@ class Judge:
             torch.manual_seed(0)
             mean, deviation = kid.compute()
         return {"fid": fid.compute().item(), "kid": mean.item(), "kid_std": deviation.item()}
+
+
+def cmmd(real: Tensor, fake: Tensor) -> float:
+    """Squared maximum mean discrepancy of two sets of CLIP embeddings, times 1,000 (Jayasumana et
+    al. 2024, "Rethinking FID", "the CMMD metric").
+
+    The embeddings, (n, d) and (m, d), are normalised; the kernel is exp(-|x - y|^2 / (2 * 10^2));
+    the estimate is the biased one, so it is never below zero.
+    """
+    x, y = (F.normalize(values.double(), dim=1) for values in (real, fake))
+    # Unit vectors: |x - y|^2 = 2 - 2 x.y
+    kernels = (torch.exp((a @ b.T - 1) / 100).mean() for a, b in ((x, x), (y, y), (x, y)))
+    within_real, within_fake, across = kernels
+    return 1000 * (within_real + within_fake - 2 * across).item()
 
 
 def _moments(z0: Tensor) -> Tensor:

@@ -74,7 +74,8 @@ def learn_mask(
         Stopped: SIGTERM came; the state is in `scratch`.
     """
     calibration.check(pipe)
-    learner = Learner(pipe, calibration, settings, sparsity)
+    with _memory_explained(settings):
+        learner = Learner(pipe, calibration, settings, sparsity)
     identity = {
         "code": code_hash("mask.learn"),
         "settings": settings.model_dump(exclude=COST_ONLY),
@@ -83,15 +84,14 @@ def learn_mask(
         "calibration": [calibration.fingerprint, calibration.prompts, calibration.seeds],
     }
     state = State(scratch, identity, learner.gates.logits, learner.optimiser)
-    history = learner.restored(state)
-    if not learner.workers.is_first:  # all continue from the state, and one of them writes it
-        state.path = None
     termination = Termination()
     with (
+        _memory_explained(settings),
         termination.heeded(),
         frozen(learner.denoiser),
         _watched(settings.iterations, state.path) as show,
     ):
+        history = learner.begin(state)
         while len(history) < settings.iterations and not learner.is_settled(history):
             try:
                 row = learner.differentiate(len(history))
@@ -99,8 +99,6 @@ def learn_mask(
                     history.append(learner.apply(row))
                     if len(history) % settings.save_every == 0:
                         state.write(learner.info(history))
-            except torch.OutOfMemoryError as error:
-                raise UserError(f"mask: out of memory; {_what_fits(settings)}") from error
             except FloatingPointError as error:
                 state.write(learner.info(history))
                 raise UserError(f"mask: iteration {len(history)}: {error}") from error
@@ -146,6 +144,15 @@ def _tensorboard(scratch: Path | None) -> Any:
     except ImportError:
         return None
     return None if scratch is None else SummaryWriter(scratch.with_name("tensorboard"))
+
+
+@contextmanager
+def _memory_explained(settings: MaskSettings) -> Iterator[None]:
+    """Where memory does not suffice, one line that says what would."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"mask: out of memory; {_what_fits(settings)}") from error
 
 
 def _what_fits(settings: MaskSettings) -> str:

@@ -17,8 +17,9 @@ from ecodiff.errors import UserError
 from ecodiff.gates import Gates
 from ecodiff.mask.objective import Budget, Objective, Penalty, distortion, expected_sparsity
 from ecodiff.mask.select import select
+from ecodiff.mask.sensitivity import costs_of_share, first_logits, sensitivity
 from ecodiff.pipelines import denoiser_of
-from ecodiff.rollout import DenseStep, dense_steps, rollout
+from ecodiff.rollout import DenseStep, dense_steps, frozen, rollout
 from ecodiff.settings import MaskSettings
 from ecodiff.state import State
 from ecodiff.structures import Structure, count_parameters, discover, maskable_share
@@ -43,11 +44,10 @@ class Learner:
         self.calibration = calibration.first(settings.prompts)
         self.denoiser, self.sparsity = denoiser_of(pipe), sparsity
         self.workers = Workers(self.denoiser.device)
-        keep = settings.keep_steps
-        self.keep_steps = None if keep == "auto" and settings.checkpoint else keep
         structures = discover(self.denoiser)
         self.total = count_parameters(self.denoiser)
-        self.gates = Gates(structures, settings.first_logit, settings.noise_floor)
+        first = 0.0 if settings.first_logit == "sensitivity" else settings.first_logit
+        self.gates = Gates(structures, first, settings.noise_floor)
         self.gates.to(self.denoiser.device)
         kinds = {s.name: s.kind for s in structures}
         self.lr = settings.lr.model_dump()
@@ -59,16 +59,37 @@ class Learner:
         self.optimiser = optimiser_of(groups)
         self.objective = _objective(settings, sparsity, structures, self.total)
         self.variance = self.calibration.z0.float().var().item()
+        keep = settings.keep_steps
+        self.keep_steps = self._affordable() if keep == "auto" else keep
 
     def info(self, history: list[dict[str, float]]) -> dict[str, Any]:
         """What a state holds beside logits and moments."""
         return {"history": history, "objective": asdict(self.objective)}
 
-    def restored(self, state: State) -> list[dict[str, float]]:
-        """Take on a state, if there is one; the history so far."""
-        found = state.restore() or self.info([])
+    def begin(self, state: State) -> list[dict[str, float]]:
+        """Take on a state, or else find the first logits; the history so far."""
+        found = state.restore()
+        if not self.workers.is_first:  # all continue from the state, and one of them writes it
+            state.path = None
+        if found is None:
+            found = self.info([])
+            if self.settings.first_logit == "sensitivity":
+                self._start_from_sensitivity()
+                state.write(found)
         self.objective = replace(self.objective, **found["objective"])
         return found["history"]
+
+    def _start_from_sensitivity(self) -> None:
+        """Logits are log(cost / price): a unit's sensitivity and what it must be worth to stay."""
+        log.info("mask: learning starts from the sensitivity of each unit")
+        settings = self.settings
+        how = (settings.batch, settings.checkpoint, settings.seed, self.keep_steps)
+        found = sensitivity(self.pipe, self.calibration, *how)
+        costs = costs_of_share(self.gates.structures, found, self.total)
+        prices = self.objective.prices(self.gates.structures, costs, self.total)
+        with torch.no_grad():
+            for s in self.gates.structures:
+                self.gates.logits[s.name].copy_(first_logits(costs[s.name], prices[s.kind]))
 
     def differentiate(self, iteration: int) -> dict[str, float]:
         """Put into the logits the mean gradient of `batch * accumulate` prompts; changes no logit.
@@ -82,7 +103,7 @@ class Learner:
         self.optimiser.zero_grad(set_to_none=True)
         rows = self._rows(iteration)
         losses = [self._backward(batch, generator) for batch in rows]
-        self.workers.average_gradients(self.gates.parameters())
+        self.workers.average(logits.grad for logits in self.gates.parameters())
         progress = (iteration + 1) / settings.iterations
         removed = expected_sparsity(self.gates, self.total)
         regulariser = self.objective.regulariser(removed, progress)
@@ -157,18 +178,23 @@ class Learner:
     def _end_to_end(self, embeds: dict[str, Tensor], noise: Tensor, dense: Tensor) -> Tensor:
         """The distance of the final latents (EcoDiff, "end-to-end objective")."""
         call, settings = self.calibration.call, self.settings
-        keep = self._keep_steps(embeds, noise)
-        z0 = rollout(self.pipe, embeds, noise, call, settings.checkpoint, keep, settings.debug)
+        how = (settings.checkpoint, self.keep_steps, settings.debug)
+        z0 = rollout(self.pipe, embeds, noise, call, *how)
         return distortion(z0, dense, self.variance)
 
-    def _keep_steps(self, embeds: dict[str, Tensor], noise: Tensor) -> int:
-        """The number of steps whose activations are kept; `auto` is decided once, and said."""
-        if self.keep_steps is None:
-            self.keep_steps = affordable_steps(
+    def _affordable(self) -> int:
+        """How many steps' activations are kept when that is left to the memory; and says so."""
+        if not self.settings.checkpoint:
+            return 0
+        batch = range(min(self.settings.batch, len(self.calibration.prompts)))
+        embeds, noise, _ = self.calibration.batch(batch, self.denoiser.device)
+        self.gates.open(len(batch))
+        with frozen(self.denoiser), self.gates.attached(self.denoiser):
+            keep = affordable_steps(
                 self.pipe, embeds, noise, self.calibration.call, self.settings.memory_mb
             )
-            log.info("mask: activations of %s steps are kept", self.keep_steps)
-        return self.keep_steps
+        log.info("mask: activations of %s steps are kept", keep)
+        return keep
 
     def _rows(self, iteration: int) -> list[list[int]]:
         """The prompts of an update, in batches of all processes together.
@@ -216,7 +242,9 @@ def _objective(
     possible = sum(maskable.values())
     if not 0 <= sparsity <= possible:
         raise UserError(f"sparsity: {sparsity} is not possible; the range is 0 to {possible:.4f}")
-    return Budget(sparsity, settings.warmup, settings.multiplier_lr)
+    # Logits that start from sensitivities are at the target from the beginning.
+    warmup = 0.0 if settings.first_logit == "sensitivity" else settings.warmup
+    return Budget(sparsity, warmup, settings.multiplier_lr)
 
 
 def _mix(seed: int, purpose: int, index: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from diffusers import DiffusionPipeline
@@ -13,9 +14,12 @@ from torch import Tensor
 from ecodiff.calibrate import Calibration, gather_grams
 from ecodiff.errors import UserError
 from ecodiff.mask import learn, peers, scores
+from ecodiff.mask.sensitivity import costs_of_share, sensitivity
 from ecodiff.pipelines import denoiser_of
 from ecodiff.settings import MaskSettings
-from ecodiff.structures import discover
+from ecodiff.structures import count_parameters, discover
+
+FLAT = 3.0  # the paper's first logit
 
 Scores = dict[str, Tensor]
 
@@ -55,14 +59,24 @@ def _learned(pipe: DiffusionPipeline, request: Request) -> tuple[Scores, pd.Data
     return learn.learn_mask(pipe, calibration, request.settings, target, request.scratch)
 
 
-def _per_step(pipe: DiffusionPipeline, request: Request) -> tuple[Scores, pd.DataFrame]:
-    settings = request.settings.model_copy(update={"loss": "per-step"})
-    return _learned(pipe, replace(request, settings=settings))
+def _learned_with(**settings: Any) -> Method:
+    """Learning with some settings fixed."""
+    return lambda pipe, request: _learned(
+        pipe, replace(request, settings=request.settings.model_copy(update=settings))
+    )
 
 
 def _at_once(find: Callable[[DiffusionPipeline, Request], Scores]) -> Method:
     """A method that learns nothing, so that its history has no rows."""
     return lambda pipe, request: (find(pipe, request), pd.DataFrame(columns=list(learn.COLUMNS)))
+
+
+def _sensitivity(pipe: DiffusionPipeline, request: Request) -> Scores:
+    calibration, settings = request.recorded("sensitivity"), request.settings
+    how = (settings.batch, settings.checkpoint, settings.seed)
+    found = sensitivity(pipe, calibration, *how)
+    denoiser = denoiser_of(pipe)
+    return costs_of_share(discover(denoiser), found, count_parameters(denoiser))
 
 
 def _magnitude(pipe: DiffusionPipeline, request: Request) -> Scores:
@@ -102,7 +116,9 @@ def _depth(pipe: DiffusionPipeline, request: Request) -> Scores:
 
 METHODS: dict[str, Method] = {
     "ecodiff": _learned,
-    "per-step": _per_step,
+    "sensitivity": _at_once(_sensitivity),
+    "flat-start": _learned_with(first_logit=FLAT),
+    "per-step": _learned_with(first_logit=FLAT, loss="per-step"),
     "obs": _at_once(_obs),
     "wanda": _at_once(_wanda),
     "taylor": _at_once(_taylor),

@@ -6,7 +6,7 @@ A pull is a fixed price of a parameter (`Penalty`) or a target with multipliers 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ecodiff.gates import STRETCH, TEMPERATURE, Gates
+from ecodiff.structures import Structure
 
 
 def distortion(z0: Tensor, dense: Tensor, variance: Tensor | float) -> Tensor:
@@ -50,6 +51,11 @@ def expected_sparsity(gates: Gates, total_parameters: int) -> dict[str, Tensor]:
 class Objective(Protocol):
     """The pull towards sparsity, beside the distortion."""
 
+    def prices(
+        self, structures: Sequence[Structure], costs: Mapping[str, Tensor], total: int
+    ) -> Mapping[str, float]:
+        """Kind -> the cost below which a unit should go; costs as `costs_of_share` gives them."""
+
     def target(self, progress: float) -> float:
         """The sparsity asked for at `progress` in 0..1 of the iterations; NaN if none is."""
 
@@ -73,6 +79,12 @@ class Penalty:
     beta: float
     maskable: Mapping[str, float]
     weights: Mapping[str, float]
+
+    def prices(
+        self, structures: Sequence[Structure], costs: Mapping[str, Tensor], total: int
+    ) -> Mapping[str, float]:
+        """What the penalty itself pays for a share of the parameters."""
+        return {kind: self.beta * weight for kind, weight in self.weights.items()}
 
     def target(self, progress: float) -> float:
         """No sparsity is asked for."""
@@ -100,6 +112,17 @@ class Budget:
     lr: float
     linear: float = 0.0
     quadratic: float = 30.0
+
+    def prices(
+        self, structures: Sequence[Structure], costs: Mapping[str, Tensor], total: int
+    ) -> Mapping[str, float]:
+        """What the first unit costs that stays when the cheapest go, up to the sparsity."""
+        every = torch.cat([costs[s.name] for s in structures])
+        sizes = torch.cat([torch.full((s.units,), float(s.unit_parameters)) for s in structures])
+        order = every.argsort(stable=True)
+        gone = int((sizes[order].cumsum(0) <= self.sparsity * total).sum())
+        price = every[order[min(gone, len(order) - 1)]].item()
+        return {s.kind: price for s in structures}
 
     def target(self, progress: float) -> float:
         """The target s*, which rises linearly over the share `warmup` of the iterations."""

@@ -53,7 +53,7 @@ def quality(results: Results, model: str) -> Figure:
     found = {variant: results.quality(model, variant) for variant in variants}
     shares = {variant: 100 * results.sparsity(model, variant) for variant in variants}
     shown = [one for one in QUALITY if any(f[one.key] is not None for f in found.values())]
-    figure, axes = plt.subplots(2, 4, figsize=(15, 7))
+    figure, axes = plt.subplots(2, 5, figsize=(18, 7))
     for axis, metric in zip(axes.flat, shown, strict=False):
         for line in _lines(variants):
             # One that equals the dense pictures has no finite PSNR, and no place on the axis.

@@ -14,6 +14,8 @@ COLOURS = {
     "ecodiff": ("#0072B2", "#56B4E9"),
     "magnitude": ("#D55E00", "#E69F00"),
     "random": ("#009E73", "#CC79A7"),
+    "sensitivity": ("#117733", "#44AA77"),
+    "flat-start": ("#6A3D9A", "#B79BD6"),
     "per-step": ("#332288", "#8877CC"),
     "obs": ("#882255", "#CC6688"),
     "wanda": ("#999933", "#CCCC77"),
@@ -25,6 +27,8 @@ MARKERS = {None: "o", "lora": "^", "full": "s"}
 METHODS = {
     "dense": "Dense",
     "ecodiff": "EcoDiff",
+    "sensitivity": "EcoDiff, not learned",
+    "flat-start": "EcoDiff, flat start",
     "per-step": "EcoDiff a step",
     "obs": "OBS-Diff score",
     "wanda": "Wanda",
@@ -89,6 +93,7 @@ class Quantity:
 QUALITY = (
     Quantity("fid", "FID", better="lower", short="FID"),
     Quantity("kid", "KID (10⁻³)", 1e3, better="lower", short="KID 10⁻³"),
+    Quantity("cmmd", "CMMD", digits=".3f", better="lower", short="CMMD"),
     Quantity("clip_score", "CLIP score (cosine)", digits=".3f", better="higher", short="CLIP"),
     Quantity("scene_accuracy", "Scene accuracy (%)", 100, ".1f", "higher", short="scenes %"),
     Quantity("ssim", "SSIM to dense", digits=".3f", better="higher", short="SSIM"),

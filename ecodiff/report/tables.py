@@ -17,7 +17,8 @@ from ecodiff.report.style import COST, EXACT, QUALITY, TARGET, Quantity, method
 
 SIZE, WORK = COST[:3], COST[3:]
 COLUMNS = (TARGET, EXACT, *SIZE, *QUALITY, *WORK)
-CONSOLE = (TARGET, EXACT, COST[1], *QUALITY, COST[3])  # what fits a terminal's width
+SHORT = [one for one in QUALITY if one.key not in ("kid", "cmmd")]  # what FID says too
+CONSOLE = (TARGET, EXACT, COST[1], *SHORT, COST[3])  # what fits a terminal's width
 WIDTH = 120  # of the printed table, where output is no terminal or a narrower one
 
 
