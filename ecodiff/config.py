@@ -16,7 +16,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, Field, NonNegativeInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    Field,
+    NonNegativeInt,
+    ValidationError,
+    model_validator,
+)
 
 from ecodiff.ablations import Ablation, AblationSettings
 from ecodiff.errors import UserError
@@ -83,14 +90,24 @@ class ModelSettings(Settings):
     """What differs from the section `retrain`."""
 
 
-class VariantSettings(Settings):
-    """A family of variants: one a sparsity."""
+def _listed(value: Any) -> Any:
+    """A list of one, where only one is given."""
+    return value if isinstance(value, list | tuple) else [value]
 
-    method: Method
+
+class VariantSettings(Settings):
+    """A family of variants: one a method, sparsity, seed, and with compensation or without."""
+
+    method: Annotated[
+        tuple[Method, ...], BeforeValidator(_listed, json_schema_input_type=Method | list[Method])
+    ]
+    """One, or a list of them."""
     sparsities: tuple[Share, ...]
     """Shares of the denoiser's parameters to remove, in whole per cent."""
-    compensation: bool = False
-    """Re-solve the surviving weights by least squares."""
+    compensation: Annotated[
+        tuple[bool, ...], BeforeValidator(_listed, json_schema_input_type=bool | list[bool])
+    ] = (False,)
+    """Re-solve the surviving weights by least squares; [false, true] for variants of both kinds."""
     seeds: tuple[NonNegativeInt, ...] | None = None
     """A variant for each seed of the scores, instead of one with the seed of the section `mask`."""
     retrain: RetrainKind | None = None
@@ -107,7 +124,9 @@ class VariantSettings(Settings):
     def variants(self) -> list[Variant]:
         """The variants of the family."""
         return [
-            Variant(self.method, round(100 * sparsity), self.compensation, self.retrain, seed)
+            Variant(method, round(100 * sparsity), compensation, self.retrain, seed)
+            for method in self.method
+            for compensation in self.compensation
             for sparsity in self.sparsities
             for seed in self.seeds or (None,)
         ]

@@ -70,6 +70,12 @@ def test_a_variant_for_each_seed_of_the_scores():
     assert variant.pruned.name == "taylor-10-s2-comp"
 
 
+def test_a_family_can_hold_several_methods_with_and_without_compensation():
+    family = {"method": ["obs", "wanda"], "sparsities": [0.1], "compensation": [False, True]}
+    names = [v.name for v in load_config(minimal(variants=[family])).variants_of("toy")]
+    assert names == ["dense", "obs-10", "obs-10-comp", "wanda-10", "wanda-10-comp"]
+
+
 def test_variants_can_be_of_some_models_only():
     models = {name: {"source": "x", "call": CALL} for name in ("a", "b")}
     variants = [{"method": "random", "sparsities": [0.5], "models": ["b"]}]
@@ -88,7 +94,7 @@ def test_variants_can_be_of_some_models_only():
         ({"run": "a/b"}, ["run: "]),
         ({"models": {}}, ["models: "]),
         ({"models": {"toy": {"call": CALL}}}, ["models.toy.source: this key is missing"]),
-        ({"variants": [{"method": "ecodif", "sparsities": [0.1]}]}, ["variants.0.method:"]),
+        ({"variants": [{"method": "ecodif", "sparsities": [0.1]}]}, ["variants.0.method.0:"]),
         ({"variants": [{"method": "random", "sparsities": [20]}]}, ["variants.0.sparsities.0:"]),
         ({"variants": [{"method": "random", "sparsities": [0.123]}]}, ["whole per cent"]),
         ({"variants": [{"method": "random", "sparsities": [0.1, 0.1]}]}, ["named twice"]),
