@@ -89,6 +89,8 @@ def _variant(
         "cmmd": 0.02 + harm,
         "clip_score": 0.33 - 0.1 * harm,
         "scene_accuracy": max(0.0, 0.95 - harm),
+        "scene_accuracy_one": max(0.0, 0.99 - 0.5 * harm),
+        "scene_accuracy_two": max(0.0, 0.91 - 1.5 * harm),
         "ssim": 1 - 0.4 * harm,
         "psnr": None if variant.is_dense else 30 - 12 * harm,
         "latent_error": 1.3 * harm,

@@ -164,10 +164,25 @@ def test_scene_accuracy_counts_pictures_that_show_their_captions(gallery: Galler
     assert judged["scene_accuracy"] == pytest.approx((COUNT - 3) / COUNT)
 
 
+def test_captions_of_one_and_of_two_objects_are_counted_apart(
+    gallery: Gallery, scenes: list[world.Scene]
+) -> None:
+    pairs = np.array([len(scene.things) == 2 for scene in scenes])
+    assert 0 < pairs.sum() < COUNT
+    wrong = gallery.true.copy()
+    wrong[np.flatnonzero(pairs)[0]] = 128  # nothing to be seen
+    judged = Judge(gallery.prompts, gallery.dense, gallery.settings)(
+        gallery.write("wrong", wrong, gallery.z0)
+    )
+    assert judged["scene_accuracy_one"] == 1
+    assert judged["scene_accuracy_two"] == pytest.approx(1 - 1 / pairs.sum())
+
+
 def test_other_captions_have_no_scene_accuracy(gallery: Gallery) -> None:
     gallery.prompts.loc[4, "prompt"] = "a photo of a dog"
     judged = Judge(gallery.prompts, gallery.dense, gallery.settings)(gallery.dense)
     assert judged["scene_accuracy"] is None
+    assert judged["scene_accuracy_one"] is judged["scene_accuracy_two"] is None
 
 
 def test_without_real_images_there_is_no_fid(gallery: Gallery) -> None:

@@ -59,6 +59,8 @@ class Judge:
         self.texts = torch.cat([self.clip.texts(self.captions[rows]) for rows in self._batches()])
         self.real, self.real_embedded = self._of_real_images()
         self.is_shapeworld = all(map(_is_shapeworld, self.captions))
+        captions = self.captions if self.is_shapeworld else []
+        self.pairs = np.array([len(world.parse_caption(c).things) == 2 for c in captions], bool)
 
     def __call__(self, samples: Samples) -> dict[str, float | int | None]:
         """Judges the pictures of one variant.
@@ -72,6 +74,7 @@ class Judge:
             clip_score: mean cosine of image and caption.
             scene_accuracy: share of pictures that the ShapeWorld checker finds to show what
                 the caption says; None unless every caption is ShapeWorld's.
+            scene_accuracy_one, scene_accuracy_two: that of captions with one and two objects.
             ssim, psnr: against the dense model's pictures (psnr in dB, over the pooled squared
                 error; None when the pictures are identical, where it is infinite).
             latent_error: mean((z0' - z0)^2) / var(z0) over the whole set (EcoDiff, objective).
@@ -103,13 +106,15 @@ class Judge:
                     checker.meets(i, c) for i, c in zip(images, self.captions[rows], strict=True)
                 ]
         noise, relative = psnr.compute().item(), torch.cat(errors) / _variance(moments)
-        embedded = torch.cat(embeddings)
+        embedded, shown = torch.cat(embeddings), np.array(met, bool)
         return {
             "count": len(samples),
             **self._distances(torch.cat(features)),
             "cmmd": None if self.real is None else cmmd(self.real_embedded, embedded),
             "clip_score": F.cosine_similarity(embedded, self.texts).mean().item(),
-            "scene_accuracy": float(np.mean(met)) if self.is_shapeworld else None,
+            "scene_accuracy": _share(shown),
+            "scene_accuracy_one": _share(shown[~self.pairs]),
+            "scene_accuracy_two": _share(shown[self.pairs]),
             "ssim": ssim.compute().item(),
             "psnr": noise if np.isfinite(noise) else None,
             "latent_error": relative.mean().item(),
@@ -183,6 +188,11 @@ def _variance(moments: Tensor) -> float:
     """The variance of the latents that `_moments` were summed over."""
     count, total, squares = moments.tolist()
     return (squares - total**2 / count) / count
+
+
+def _share(met: np.ndarray) -> float | None:
+    """The share that is true; None of nothing."""
+    return float(met.mean()) if len(met) else None
 
 
 def _unit(images: np.ndarray) -> Tensor:

@@ -20,9 +20,9 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 from ecodiff.artifacts import atomic
 from ecodiff.config import Variant
 from ecodiff.errors import UserError
-from ecodiff.report import pictures
+from ecodiff.report import analysis, pictures
 from ecodiff.report.results import Results
-from ecodiff.report.style import COST, MARKERS, QUALITY, RETRAINED, colour, label, method
+from ecodiff.report.style import COST, QUALITY, REMOVED, colour, label, look, method
 
 plt.rcParams.update(
     {
@@ -38,7 +38,6 @@ plt.rcParams.update(
         "pdf.fonttype": 42,  # text stays text
     }
 )
-REMOVED = "Parameters removed (% of the denoiser)"
 _QUARTILES = ("low", "high")
 # The dense model itself is no reference there.
 COMPARED_TO_DENSE = {"ssim", "psnr", "latent_error", "latent_error_median"}
@@ -61,7 +60,7 @@ def quality(results: Results, model: str) -> Figure:
             points = [(p, x, metric.scale * y) for p, x, y in points if y is not None]
             seeds = pd.DataFrame(points, columns=["percent", "x", "y"]).groupby("percent")
             mean, spread = seeds.mean(), seeds["y"].std(ddof=0)
-            axis.plot(mean["x"], mean["y"], label=method(line[0]), **_look(line[0]))
+            axis.plot(mean["x"], mean["y"], label=method(line[0]), **look(line[0]))
             if spread.any():
                 bars = {"fmt": "none", "ecolor": colour(line[0]), "capsize": 2}
                 axis.errorbar(mean["x"], mean["y"], spread, **bars)
@@ -123,16 +122,16 @@ def learning(results: Results, model: str) -> Figure:
     figure, axes = plt.subplots(1, 2 + bool(retrained), figsize=(5 * (2 + bool(retrained)), 4))
     shades = plt.get_cmap("viridis")
     for number, (variant, curve) in enumerate(curves.items()):
-        look = {"color": shades(0.85 * number / max(len(curves) - 1, 1)), "linewidth": 1.6}
+        shade = {"color": shades(0.85 * number / max(len(curves) - 1, 1)), "linewidth": 1.6}
         smooth = curve["distortion"].rolling(10, min_periods=1).mean()
-        axes[0].plot(curve["iteration"], curve["distortion"], **{**look, "alpha": 0.25})
-        axes[0].plot(curve["iteration"], smooth, label=label(variant), **look)
+        axes[0].plot(curve["iteration"], curve["distortion"], **{**shade, "alpha": 0.25})
+        axes[0].plot(curve["iteration"], smooth, label=label(variant), **shade)
         axes[1].plot(
-            curve["iteration"], 100 * curve["expected_sparsity"], label=label(variant), **look
+            curve["iteration"], 100 * curve["expected_sparsity"], label=label(variant), **shade
         )
         if "target_sparsity" in curve:
             aim = 100 * curve["target_sparsity"]
-            axes[1].plot(curve["iteration"], aim, linestyle=":", color=look["color"])
+            axes[1].plot(curve["iteration"], aim, linestyle=":", color=shade["color"])
     axes[0].set(title="Distortion (line: mean of 10)", ylabel="Relative squared error of z0")
     axes[1].set(
         title="Sparsity (dotted: target)", ylabel="Expected share removed (% of parameters)"
@@ -167,10 +166,10 @@ def mask_cost(results: Results, model: str) -> Figure:
         {"color": "#D55E00", "marker": "s"},
     ]
     groups = table.groupby(table["kept"].map(_kept))
-    for (name, rows), look in zip(groups, cycle(looks), strict=False):
-        axes[0].plot(rows["steps"], rows["seconds"], label=name, **look)
-        axes[0].plot(rows["steps"], rows["floor_seconds"], color=look["color"], linestyle=":")
-        axes[1].plot(rows["steps"], rows["peak_memory_mb"], label=name, **look)
+    for (name, rows), shape in zip(groups, cycle(looks), strict=False):
+        axes[0].plot(rows["steps"], rows["seconds"], label=name, **shape)
+        axes[0].plot(rows["steps"], rows["floor_seconds"], color=shape["color"], linestyle=":")
+        axes[1].plot(rows["steps"], rows["peak_memory_mb"], label=name, **shape)
     axes[0].plot([], [], color="grey", linestyle=":", label="floor, by forward passes")
     axes[0].set(title="Time", ylabel="Seconds an iteration")
     axes[1].set(title="Memory", ylabel="Peak memory (MB)")
@@ -187,6 +186,7 @@ FIGURES: dict[str, Callable[[Results, str], Figure]] = {
     "quality": quality,
     "pictures": pictures.pictures,
     "removed": pictures.removed,
+    "analysis": analysis.analysis,
     "learning": learning,
     "cost": cost,
     "mask-cost": mask_cost,
@@ -227,15 +227,6 @@ def _lines(variants: Iterable[Variant]) -> list[list[Variant]]:
         if not variant.is_dense:
             lines.setdefault(method(variant), []).append(variant)
     return [sorted(line, key=lambda variant: variant.percent) for line in lines.values()]
-
-
-def _look(variant: Variant) -> dict[str, object]:
-    look = {"color": colour(variant), "marker": MARKERS[variant.retrain], "markersize": 6}
-    if RETRAINED[variant.retrain]:
-        look |= {"linestyle": ":", "markersize": 9, "markeredgecolor": "black"}
-    elif variant.compensation:
-        look |= {"linestyle": "--", "marker": "D"}
-    return look
 
 
 def _at_most(count: int, values: list[int]) -> list[int]:

@@ -88,6 +88,10 @@ class Results:
         kept, _ = self._mask(model, variant)
         return {name: 1 - float(stays.mean()) for name, stays in kept.items()}
 
+    def kept(self, model: str, variant: Variant) -> dict[str, np.ndarray]:
+        """Structure name -> bool (units,), what a variant's mask keeps."""
+        return self._mask(model, variant)[0]
+
     def learning(self, model: str, variant: Variant) -> pd.DataFrame:
         """How the mask of a variant was learned; no rows when it wasn't, or with another one."""
         path = self.folder / model / "masks" / variant.mask / "history.csv"

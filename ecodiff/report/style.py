@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from ecodiff.config import Variant
 
@@ -38,12 +39,21 @@ METHODS = {
     "magnitude-local": "Magnitude a layer",
     "random": "Random",
 }
+REMOVED = "Parameters removed (% of the denoiser)"
 RETRAINED = {None: "", "lora": " + LoRA", "full": " + retraining"}
 
 
 def colour(variant: Variant) -> str:
     """The colour of a variant's method."""
     return COLOURS[variant.method][variant.compensation]
+
+
+def look(variant: Variant) -> dict[str, Any]:
+    """How the line of a variant's method is drawn, as matplotlib's arguments."""
+    found = {"color": colour(variant), "marker": MARKERS[variant.retrain], "markersize": 6}
+    if variant.retrain:
+        return found | {"linestyle": ":", "markersize": 9, "markeredgecolor": "black"}
+    return found | {"linestyle": "--", "marker": "D"} if variant.compensation else found
 
 
 def method(variant: Variant) -> str:

@@ -29,6 +29,7 @@ FIGURES = [
     "quality",
     "pictures",
     "removed",
+    "analysis",
     *(["learning"] if any(variant.method in LEARNED for _, variant in PRUNED) else []),
     *(["cost"] if run.evaluate.efficiency else []),
     *(["mask-cost"] if run.evaluate.mask_cost else []),

@@ -1,0 +1,131 @@
+"""What masks take and what it does: which parts go first, which captions suffer, what is chance."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from itertools import combinations
+
+import numpy as np
+import pandas as pd
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ecodiff.config import Variant
+from ecodiff.report.results import Results
+from ecodiff.report.style import REMOVED, look, method
+
+SHOWN = "ecodiff"  # whose masks are taken apart
+# What a structure's name ends with, and the part of the model that it belongs to; first match.
+PARTS = {
+    r"single.*heads": "attention, single stream",
+    r"attn1\.heads": "self-attention",
+    r"attn2\.heads": "cross-attention",
+    r"heads": "joint attention",
+    r"single.*neurons": "feed-forward, single stream",
+    r"context\.neurons": "feed-forward of the text",
+    r"neurons": "feed-forward",
+    r"modulation": "modulation",
+}
+OBJECTS = {"scene_accuracy_one": "one object", "scene_accuracy_two": "two objects"}
+
+
+def analysis(results: Results, model: str) -> Figure:
+    """Which parts go first, how captions of one and two objects fare, and, where methods were run
+    with several seeds, how much of what their masks remove is the same."""
+    masks = [
+        v for v in results.of(model) if not v.is_dense and not v.compensation and not v.retrain
+    ]
+    kept = {mask: results.kept(model, mask) for mask in masks}
+    shared = overlaps(kept)
+    judged = results.quality(model, results.of(model)[0])
+    panels = [lambda axis: _parts(axis, kept)]
+    if judged.get("scene_accuracy_one") is not None:
+        panels.append(lambda axis: _objects(axis, results, model))
+    if len(shared):
+        panels.append(lambda axis: _overlaps(axis, shared))
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.6), squeeze=False)
+    for axis, draw in zip(axes[0], panels, strict=True):
+        draw(axis)
+        axis.set_xlabel(REMOVED)
+        axis.legend(fontsize=8.5)
+    figure.suptitle(f"{model}: what masks take", fontsize=13)
+    return figure
+
+
+def part_of(name: str) -> str:
+    """The part of the model that a structure belongs to, such as `cross-attention`."""
+    return next(part for pattern, part in PARTS.items() if re.search(pattern + "$", name))
+
+
+def removed_of_parts(kept: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Part -> the share of its units that a mask removes, from structure name -> what stays."""
+    units: dict[str, list[np.ndarray]] = {}
+    for name, stays in kept.items():
+        units.setdefault(part_of(name), []).append(stays)
+    return {part: 1 - float(np.concatenate(stays).mean()) for part, stays in units.items()}
+
+
+def overlaps(kept: Mapping[Variant, Mapping[str, np.ndarray]]) -> pd.DataFrame:
+    """How much masks of one method agree that differ by their seed alone.
+
+    Returns:
+        A row a method and percent that has several seeds: variant (the first seed's), percent,
+        overlap (mean over pairs: the share of one mask's removed units that the other removes too)
+        and chance (what masks of this size would share by accident).
+    """
+    groups: dict[tuple[str, int], list[Variant]] = {}
+    for variant in kept:
+        groups.setdefault((variant.method, variant.percent), []).append(variant)
+    rows = []
+    for (_, percent), seeds in groups.items():
+        gone = [~np.concatenate([*kept[v].values()]) for v in seeds]
+        pairs = [common(a, b) for a, b in combinations(gone, 2)]
+        if pairs:
+            chance = float(np.mean([one.mean() for one in gone]))
+            rows.append((seeds[0], percent, float(np.mean(pairs)), chance))
+    return pd.DataFrame(rows, columns=["variant", "percent", "overlap", "chance"])
+
+
+def common(a: np.ndarray, b: np.ndarray) -> float:
+    """The share of the smaller of two sets of units (bool) that the larger one holds as well."""
+    return float((a & b).sum() / max(1, min(a.sum(), b.sum())))
+
+
+def _parts(axis: Axes, kept: Mapping[Variant, Mapping[str, np.ndarray]]) -> None:
+    own = [v for v in kept if v.method == SHOWN] or [*kept]
+    shares = pd.DataFrame([{"percent": v.percent, **removed_of_parts(kept[v])} for v in own])
+    means = 100 * shares.groupby("percent").mean()
+    for part in means:
+        axis.plot(means.index, means[part], marker="o", label=part)
+    axis.set(title=f"Which parts go first ({method(own[0])})", ylabel="Units removed (%)")
+
+
+def _objects(axis: Axes, results: Results, model: str) -> None:
+    variants = [v for v in results.of(model) if v.method in (SHOWN, "dense") and not v.retrain]
+    for compensated in (False, True):
+        line = [v for v in variants if v.is_dense or v.compensation == compensated]
+        if not any(v.compensation == compensated for v in line if not v.is_dense):
+            continue
+        found = pd.DataFrame(
+            [{"percent": v.percent, **_chosen(results.quality(model, v), OBJECTS)} for v in line]
+        )
+        means = 100 * found.groupby("percent").mean()
+        for (key, name), shape in zip(OBJECTS.items(), ("o", "s"), strict=True):
+            drawn = {**look(line[-1]), "marker": shape}
+            axis.plot(means.index, means[key], label=f"{method(line[-1])}, {name}", **drawn)
+    axis.set(title="Captions of one and of two objects", ylabel="Scene accuracy (%)")
+
+
+def _overlaps(axis: Axes, shared: pd.DataFrame) -> None:
+    for _, rows in shared.groupby(shared["variant"].map(method), sort=False):
+        first = rows["variant"].iloc[0]
+        axis.plot(rows["percent"], 100 * rows["overlap"], label=method(first), **look(first))
+    chance = shared.groupby("percent")["chance"].mean()
+    axis.plot(chance.index, 100 * chance, color="grey", linestyle=":", label="by accident")
+    axis.set(title="Masks of two seeds", ylabel="Removed units in common (%)")
+
+
+def _chosen(found: Mapping[str, float], keys: Iterable[str]) -> dict[str, float]:
+    return {key: found[key] for key in keys}
