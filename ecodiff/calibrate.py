@@ -181,7 +181,7 @@ def gather_grams(
 
     Products are float32, sums float64 unless they would take more than 8 GB, on the model's device.
     `weight` says how much a step counts: (which one, of how many) -> its factor. Raises `UserError`
-    when the calibration is of another model.
+    when the calibration is of another model, or activations are not finite.
     """
     calibration.check(pipe)
     denoiser = denoiser_of(pipe)
@@ -208,6 +208,9 @@ def gather_grams(
 
     with watched(denoiser, names, add):
         calibration.drawn_by(pipe, batch_size)
+    bad = [name for name, gram in grams.gram.items() if not gram.isfinite().all()]
+    if bad:
+        raise UserError(f"grams: inputs of {bad[0]} are not finite; try dtype bfloat16 or float32")
     return grams
 
 

@@ -135,6 +135,30 @@ def test_saved_grams_come_back_whole_and_are_not_a_calibration(recorded, tmp_pat
         Calibration.load(tmp_path / "grams.safetensors")
 
 
+def test_sums_of_half_precision_activations_do_not_overflow():
+    """A product of 300 x 300 is beyond float16, whose largest number is 65,504."""
+    pipe = tiny("flux").to(torch.float16)
+    calibration = calibrate(pipe, PROMPTS, SEEDS, CALLS["flux"], batch_size=3)
+    name = "transformer_blocks.0.ff.net.2"
+    linear = denoiser_of(pipe).get_submodule(name)
+    hook = linear.register_forward_pre_hook(lambda _, args: (torch.full_like(args[0], 300),))
+    grams = gather_grams(pipe, discover(pipe), calibration, batch_size=3)
+    hook.remove()
+    assert grams.gram[name].dtype == torch.float64
+    expected = torch.full_like(grams.gram[name], 300**2 * grams.count[name])
+    torch.testing.assert_close(grams.gram[name], expected)
+
+
+def test_activations_that_are_not_finite_are_named():
+    pipe = tiny("flux")
+    calibration = calibrate(pipe, PROMPTS, SEEDS, CALLS["flux"], batch_size=3)
+    linear = denoiser_of(pipe).get_submodule("transformer_blocks.0.ff.net.2")
+    hook = linear.register_forward_pre_hook(lambda _, args: (args[0] * torch.inf,))
+    with pytest.raises(UserError, match=r"inputs of \S+ are not finite; try dtype"):
+        gather_grams(pipe, discover(pipe), calibration, batch_size=3)
+    hook.remove()
+
+
 def test_grams_refuse_a_calibration_of_another_model():
     pipe = tiny("flux")
     calibration = calibrate(pipe, PROMPTS, SEEDS, CALLS["flux"], batch_size=3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -84,6 +85,22 @@ def test_a_twin_takes_over_even_where_activations_are_degenerate():
     weight = torch.tensor([[3.0, 4.0, 5.0]])
     found, _ = solve(weight, None, *moments(x), torch.tensor([0, 2]), 0.0)
     assert torch.allclose(found, torch.tensor([[7.0, 5.0]]))
+
+
+def test_fewer_rows_than_inputs_keep_what_they_do_not_tell_with_a_warning(caplog):
+    pipe, calibration = calibrated("flux")
+    structures = discover(pipe)
+    grams = gather_grams(pipe, structures, calibration, 2)
+    enough, few = (replace(grams, count=dict.fromkeys(grams.count, n)) for n in (1000, 3))
+    ecodiff.prune(tiny("flux"), random_mask(structures, {"heads"}), enough)
+    assert not caplog.records
+    ecodiff.prune(pipe, random_mask(structures, {"heads"}), few)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert f"{len(grams.gram)} linears" in line and "3 for" in line
+    # One row tells of one direction; in the other the weights stay.
+    x, weight = torch.tensor([[1.0, 0.0, 1.0]]), torch.tensor([[3.0, 4.0, 5.0]])
+    found, _ = solve(weight, None, *moments(x), torch.tensor([0, 1]), 1e-9)
+    assert torch.allclose(found, torch.tensor([[8.0, 4.0]]))
 
 
 def record(pipe, module, calibration):

@@ -5,6 +5,7 @@ All linears at once, each as if the others were dense; `in_groups` takes one aft
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,8 @@ from ecodiff.structures import Structure
 
 if TYPE_CHECKING:
     from ecodiff.calibrate import Grams
+
+log = logging.getLogger(__name__)
 
 
 def compensate(
@@ -38,9 +41,20 @@ def compensate(
         grams: second moments and sums of the consumers' inputs in the dense model.
         ridge: see `solve`.
 
+    Where a linear has more inputs than `grams` have rows, they say nothing of some directions, in
+    which the ridge keeps the weights as they are; that is logged once.
+
     Raises:
         UserError: `grams` lack a consumer.
     """
+    short = [name for name, gram in grams.gram.items() if grams.count[name] < len(gram)]
+    if short:
+        rows, inputs = grams.count[short[0]], len(grams.gram[short[0]])
+        log.warning(
+            "prune: %s linears have more inputs than the calibration gives rows (%s: %.0f for %s);"
+            " the ridge keeps what it does not tell, more prompts would do better",
+            *(len(short), short[0], rows, inputs),
+        )
     for module, columns in consumer_columns(denoiser, structures, kept).items():
         linear = denoiser.get_submodule(module)
         if module not in grams.gram:
