@@ -1,8 +1,10 @@
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
+from safetensors.numpy import save_file
 
 from ecodiff.config import Config, load_config
 from ecodiff.errors import UserError
@@ -30,6 +32,9 @@ def run(tmp_path: Path) -> tuple[Config, Path]:
         for number, name in enumerate(ERRORS):
             (folder / name).mkdir(parents=True)
             pd.DataFrame({"seconds": [number, 10]}).to_csv(folder / name / "history.csv")
+            # Each mask removes two units; the second is the default's in half of them.
+            kept = {"kept/a.heads": np.arange(4) != number % 2, "kept/b.heads": np.arange(2) > 0}
+            save_file(kept, folder / name / "mask.safetensors", metadata={"ecodiff": "{}"})
         table = pd.DataFrame(rows, columns=["mask", "sparsity", "latent_error", "median_error"])
         table.to_csv(folder / "mask_error.csv", index=False)
     config = load_config(
@@ -57,16 +62,17 @@ def test_a_row_a_model_point_and_sparsity(run: tuple[Config, Path]) -> None:
     found = table.set_index(["model", "setting", "value", "sparsity"]).loc[("b", "batch", "3", 0.2)]
     assert (found["latent_error"], found["median_error"]) == (1.8, 0.8)
     assert found["seconds"] == 11
+    assert found["common"] == 0.5
 
 
 def test_sparsities_stand_side_by_side(run: tuple[Config, Path]) -> None:
     table = ablation_table(*run)
     shown = readable(table[table["model"] == "a"])
     assert shown.to_numpy().tolist() == [
-        ["default", "", "100.00", "200.00", "1.1000", "1.2000", "10"],
-        ["batch", "3", "300.00", "400.00", "1.3000", "1.4000", "11"],
-        ["batch", "2", "700.00", "800.00", "1.7000", "1.8000", "12"],
-        ["loss", "per-step", "500.00", "600.00", "1.5000", "1.6000", "13"],
+        ["default", "", "100.00", "200.00", "1.1000", "1.2000", "100", "10"],
+        ["batch", "3", "300.00", "400.00", "1.3000", "1.4000", "50", "11"],
+        ["batch", "2", "700.00", "800.00", "1.7000", "1.8000", "100", "12"],
+        ["loss", "per-step", "500.00", "600.00", "1.5000", "1.6000", "50", "13"],
     ]
 
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from ecodiff.ablations import DEFAULT
+from ecodiff.ablations import DEFAULT, Ablation
 from ecodiff.artifacts import write_text
 from ecodiff.config import Config
 from ecodiff.errors import UserError
+from ecodiff.report.analysis import common
 from ecodiff.report.figures import decades, save
-from ecodiff.report.results import read_csv
+from ecodiff.report.results import read_csv, read_mask
 from ecodiff.report.style import Quantity
 from ecodiff.report.tables import markdown
 
@@ -22,7 +24,7 @@ ERRORS = {
     "median_error": Quantity("median_error", "Median error (10⁻³)", 1e3, better="lower"),
     "latent_error": Quantity("latent_error", "Mean error", digits=".4f", better="lower"),
 }
-COLUMNS = ["model", "setting", "value", "sparsity", *ERRORS, "seconds"]
+COLUMNS = ["model", "setting", "value", "sparsity", *ERRORS, "seconds", "common"]
 
 
 def ablation_table(config: Config, run: Path) -> pd.DataFrame:
@@ -30,8 +32,9 @@ def ablation_table(config: Config, run: Path) -> pd.DataFrame:
 
     Returns:
         model, setting, value (str; the default's is empty), sparsity (at which it is judged),
-        median_error and latent_error (relative, see `evaluate.mask_error`) and seconds (of
-        learning).
+        median_error and latent_error (relative, see `evaluate.mask_error`), seconds (of learning)
+        and common (see `analysis.common`: of the units that it and the default's mask remove, each
+        at the sparsity it was learned for).
 
     Raises:
         UserError: the config has no ablations, or a file is missing or damaged.
@@ -42,12 +45,15 @@ def ablation_table(config: Config, run: Path) -> pd.DataFrame:
     for model in config.models:
         folder = run / model / "ablations"
         errors = read_csv(folder / "mask_error.csv").set_index(["mask", "sparsity"])
-        for point in config.ablations_of(model):
+        points = config.ablations_of(model)
+        default = _gone(folder, points[0])
+        for point in points:
+            shared = common(_gone(folder, point), default)
             seconds = read_csv(folder / point.name / "history.csv")["seconds"].sum()
             value = "" if point.setting == DEFAULT else str(point.value)
             for sparsity, found in errors.loc[point.name].iterrows():
                 both = [found[key] for key in ERRORS]
-                rows.append([model, point.setting, value, sparsity, *both, seconds])
+                rows.append([model, point.setting, value, sparsity, *both, seconds, shared])
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
@@ -64,7 +70,7 @@ def write_ablations(table: pd.DataFrame, run: Path) -> None:
 
 def readable(table: pd.DataFrame) -> pd.DataFrame:
     """One model's rows with the sparsities side by side."""
-    keys = ["setting", "value", "seconds"]
+    keys = ["setting", "value", "seconds", "common"]
     order = pd.MultiIndex.from_frame(table[keys].drop_duplicates())
     wide = table.set_index([*keys, "sparsity"])[[*ERRORS]].unstack().reindex(order)
     shown = pd.DataFrame({"Setting": wide.index.get_level_values("setting")})
@@ -72,6 +78,8 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
     for key, quantity in ERRORS.items():
         for sparsity, errors in wide[key].items():
             shown[f"{quantity.title} at {sparsity:.0%}"] = [quantity.show(e) for e in errors]
+    same = wide.index.get_level_values("common")
+    shown["Removed units in common with default (%)"] = [f"{100 * share:.0f}" for share in same]
     shown["Learning (s)"] = [f"{s:.0f}" for s in wide.index.get_level_values("seconds")]
     return shown
 
@@ -109,6 +117,12 @@ def draw(table: pd.DataFrame) -> Figure:
     )
     figure.suptitle("Mask learning, one setting changed at a time (dotted: default)", fontsize=12)
     return figure
+
+
+def _gone(folder: Path, point: Ablation) -> np.ndarray:
+    """The units that a point's mask removes, of all structures: bool (units,)."""
+    kept, _ = read_mask(folder / point.name / "mask.safetensors")
+    return ~np.concatenate([kept[name] for name in sorted(kept)])
 
 
 def _points(table: pd.DataFrame) -> tuple[list[str], list[str]]:

@@ -126,14 +126,19 @@ class Results:
 
     def _mask(self, model: str, variant: Variant) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         cut = next(v.pruned for v in self.of(model) if v.mask == variant.mask)
-        path = self.folder / model / cut.name / "model/mask.safetensors"
-        try:
-            with safe_open(path, framework="np") as file:
-                kept = [key for key in file.keys() if key.startswith("kept/")]  # noqa: SIM118
-                found = {key.removeprefix("kept/"): file.get_tensor(key) for key in kept}
-                return found, file.metadata()
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path}: cannot be read: {error}") from error
+        return read_mask(self.folder / model / cut.name / "model/mask.safetensors")
+
+
+def read_mask(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """What a mask keeps, structure name -> bool (units,), and its file's metadata; `UserError` when
+    it is missing or damaged."""
+    try:
+        with safe_open(path, framework="np") as file:
+            kept = [key for key in file.keys() if key.startswith("kept/")]  # noqa: SIM118
+            found = {key.removeprefix("kept/"): file.get_tensor(key) for key in kept}
+            return found, file.metadata()
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
 
 
 def _json(path: Path) -> dict[str, Any]:
