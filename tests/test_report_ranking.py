@@ -3,7 +3,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from ecodiff.report.ranking import ranking, write_ranking
+from ecodiff.report.ranking import ranking, side_by_side, write_ranking
 from ecodiff.report.style import QUALITY
 
 
@@ -38,3 +38,16 @@ def test_a_deviation_is_shown_where_there_is_one(table: pd.DataFrame, tmp_path: 
     assert "| 0.2000 ± 0.1414 |" in text
     assert "| 0.5000 |" in text
     assert len(pd.read_csv(tmp_path / "ranking.csv")) == 3
+
+
+def test_sparsities_stand_side_by_side_with_the_best_in_bold(table: pd.DataFrame) -> None:
+    error = next(metric for metric in QUALITY if metric.key == "latent_error")
+    shown = side_by_side(ranking(table), error)
+    assert shown.columns.tolist() == ["Method", "20%", "30%"]
+    assert shown.to_numpy().tolist() == [
+        ["EcoDiff", "**0.2000 ± 0.1414**", "-"],
+        ["Random", "0.5000", "**0.9000**"],
+    ]
+    higher = next(metric for metric in QUALITY if metric.better == "higher")
+    better = ranking(table.assign(**{higher.key: [0.9, 0.1, 0.2, 0.2, 0.3]}))
+    assert side_by_side(better, higher)["20%"][0].startswith("**")  # EcoDiff's .2, not Random's .1

@@ -11,6 +11,8 @@ from ecodiff.report.style import QUALITY, Quantity
 from ecodiff.report.tables import markdown
 
 BY = "latent_error"
+# What the overview shows, sparsities side by side; the rest is in the tables of each sparsity.
+OVERVIEW = {"latent_error", "latent_error_median", "scene_accuracy", "fid"}
 KEYS = ["model", "target_sparsity", "method"]
 
 
@@ -40,11 +42,33 @@ def write_ranking(table: pd.DataFrame, folder: Path) -> None:
     """Write `ranking.csv` and `ranking.md` of a main table to a folder."""
     ranked = ranking(table)
     write_text(folder / "ranking.csv", ranked.to_csv(index=False))
-    parts = [
-        f"# {model}, {sparsity:.0%} removed\n\n{markdown(readable(rows))}\n"
-        for (model, sparsity), rows in ranked.groupby(["model", "target_sparsity"], sort=False)
-    ]
+    parts = []
+    for model, rows in ranked.groupby("model", sort=False):
+        parts.append(f"# {model}\n\n")
+        for metric in (one for one in QUALITY if one.key in OVERVIEW):
+            if rows[metric.key].notna().any():
+                parts.append(f"{metric.title}:\n\n{markdown(side_by_side(rows, metric))}\n")
+    for (model, sparsity), rows in ranked.groupby(["model", "target_sparsity"], sort=False):
+        parts.append(f"# {model}, {sparsity:.0%} removed\n\n{markdown(readable(rows))}\n")
     write_text(folder / "ranking.md", "".join(parts))
+
+
+def side_by_side(ranked: pd.DataFrame, metric: Quantity) -> pd.DataFrame:
+    """One model's mean and deviation of a metric as text: a row a method, a column a sparsity.
+
+    Methods are in the order of their mean rank over sparsities; the best of a column is bold.
+    """
+    order = ranked.groupby("method")["rank"].mean().sort_values(kind="stable").index
+    shown = pd.DataFrame({"Method": order})
+    for sparsity, rows in ranked.groupby("target_sparsity"):
+        values = rows.set_index("method")[metric.key]
+        best = values.max() if metric.better == "higher" else values.min()
+        texts = {
+            method: f"**{text}**" if values[method] == best else text
+            for method, text in zip(values.index, _texts(rows, metric), strict=True)
+        }
+        shown[f"{sparsity:.0%}"] = [texts.get(method, "-") for method in order]
+    return shown
 
 
 def readable(ranked: pd.DataFrame) -> pd.DataFrame:
@@ -52,10 +76,14 @@ def readable(ranked: pd.DataFrame) -> pd.DataFrame:
     shown = ranked[["rank", "method"]].rename(columns=str.capitalize)
     for metric in QUALITY:
         if ranked[metric.key].notna().any():
-            pairs = zip(ranked[metric.key], ranked[f"{metric.key}_std"], strict=True)
-            shown[metric.title] = [_text(metric, mean, std) for mean, std in pairs]
+            shown[metric.title] = _texts(ranked, metric)
     return shown
 
 
-def _text(metric: Quantity, mean: float, std: float) -> str:
-    return metric.show(mean) if pd.isna(std) else f"{metric.show(mean)} ± {metric.show(std)}"
+def _texts(ranked: pd.DataFrame, metric: Quantity) -> list[str]:
+    """Each row's mean of a metric, with its deviation where there are several seeds."""
+    pairs = zip(ranked[metric.key], ranked[f"{metric.key}_std"], strict=True)
+    return [
+        metric.show(mean) if pd.isna(std) else f"{metric.show(mean)} ± {metric.show(std)}"
+        for mean, std in pairs
+    ]
