@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -24,7 +24,7 @@ from ecodiff.artifacts import atomic
 from ecodiff.errors import UserError
 from ecodiff.families import runs_per_step
 from ecodiff.pipelines import Call, denoise, denoiser_of, encode, fingerprint, starting_noise
-from ecodiff.structures import Structure
+from ecodiff.structures import Structure, discover
 
 
 @dataclass
@@ -39,6 +39,9 @@ class Calibration:
         z0: final latents of the dense model, shaped as `noise`.
         call: the `call` section of the model.
         fingerprint: of the dense model, see `pipelines.fingerprint`.
+        means: what units give on average over prompts, steps, guidance branches and tokens, where
+            a bias can give it in their place: a consumer -> the mean of its input, (in,); a
+            modulation linear -> the mean of its output, (out,). float32.
     """
 
     prompts: list[str]
@@ -48,6 +51,7 @@ class Calibration:
     z0: Tensor
     call: Call
     fingerprint: str
+    means: dict[str, Tensor] = field(default_factory=dict)
 
     def batch(
         self, indices: Sequence[int], device: torch.device | str = "cpu"
@@ -85,6 +89,7 @@ class Calibration:
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, whole or not at all."""
         tensors = {f"embeds.{key}": value for key, value in self.embeds.items()}
+        tensors |= {f"means.{key}": value for key, value in self.means.items()}
         info = {key: getattr(self, key) for key in ("prompts", "seeds", "call", "fingerprint")}
         _write(path, {**tensors, "noise": self.noise, "z0": self.z0}, info)
 
@@ -92,12 +97,8 @@ class Calibration:
     def load(cls, path: str | Path) -> Self:
         """Read what `save` wrote. Raises `UserError` when the file is missing or not one."""
         tensors, info = _read(path)
-        embeds = {
-            key.removeprefix("embeds."): tensors.pop(key)
-            for key in list(tensors)
-            if key.startswith("embeds.")
-        }
-        return _built(cls, path, {**tensors, **info, "embeds": embeds})
+        parts = {part: _popped(tensors, f"{part}.") for part in ("embeds", "means")}
+        return _built(cls, path, {**tensors, **info, **parts})
 
 
 def calibrate(
@@ -113,11 +114,12 @@ def calibrate(
     if len(set(seeds)) != len(seeds):
         raise UserError("calibrate: seeds must differ, or prompts would share their starting noise")
     parts = []
-    for chunk in _chunks(len(prompts), batch_size):
-        embeds = encode(pipe, [prompts[i] for i in chunk], call)
-        noise = starting_noise(pipe, [seeds[i] for i in chunk], call)
-        z0 = denoise(pipe, embeds, noise, call)
-        parts.append(({k: v.cpu() for k, v in embeds.items()}, noise.cpu(), z0.cpu()))
+    with averaged(denoiser_of(pipe)) as means:
+        for chunk in _chunks(len(prompts), batch_size):
+            embeds = encode(pipe, [prompts[i] for i in chunk], call)
+            noise = starting_noise(pipe, [seeds[i] for i in chunk], call)
+            z0 = denoise(pipe, embeds, noise, call)
+            parts.append(({k: v.cpu() for k, v in embeds.items()}, noise.cpu(), z0.cpu()))
     z0 = torch.cat([part[2] for part in parts])
     bad = [seeds[i] for i, row in enumerate(z0.flatten(1)) if not row.isfinite().all()]
     if bad:
@@ -130,7 +132,35 @@ def calibrate(
         z0=z0,
         call=dict(call),
         fingerprint=fingerprint(pipe),
+        means=means,
     )
+
+
+@contextmanager
+def averaged(denoiser: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Inside the context the denoiser's runs are averaged; on exit the dict holds the `means` of a
+    `Calibration`."""
+    structures, means = discover(denoiser), dict[str, Tensor]()
+    written = {port.module for s in structures if not s.consumers for port in s.producers}
+    read = {port.module for s in structures for port in s.consumers}
+    linears = {name: denoiser.get_submodule(name) for name in sorted(written | read)}
+    linears = {name: linear for name, linear in linears.items() if linear.bias is not None}
+    sums: dict[str, Tensor | float] = dict.fromkeys(linears, 0.0)
+    counts = dict.fromkeys(linears, 0)
+
+    def add(name: str, layer: nn.Module, args: tuple[Any, ...]) -> None:
+        rows = rows_of(layer, args[0].detach())
+        sums[name] += rows.sum(0, dtype=torch.float64)
+        counts[name] += len(rows)
+
+    with watched(denoiser, linears, add):
+        yield means
+    for name, linear in linears.items():
+        if counts[name]:
+            mean = sums[name] / counts[name]
+            if name in written:  # a linear of a mean is the mean of the linear
+                mean = linear.weight.detach().double() @ mean + linear.bias.detach().double()
+            means[name] = mean.float().cpu()
 
 
 @dataclass
@@ -142,12 +172,14 @@ class Grams:
         total: the sum of X over the same, (in,).
         count: how many rows X has; steps may be weighted.
         fingerprint: of the dense model.
+        means: of the calibration that they were gathered on.
     """
 
     gram: dict[str, Tensor]
     total: dict[str, Tensor]
     count: dict[str, float]
     fingerprint: str
+    means: dict[str, Tensor] = field(default_factory=dict)
 
     def check(self, pipe: DiffusionPipeline) -> None:
         """Raise `UserError` when these were gathered from another model than `pipe`."""
@@ -157,17 +189,15 @@ class Grams:
         """Write one safetensors file, whole or not at all."""
         tensors = {f"gram.{name}": value for name, value in self.gram.items()}
         tensors |= {f"total.{name}": value for name, value in self.total.items()}
+        tensors |= {f"means.{name}": value for name, value in self.means.items()}
         _write(path, tensors, {"count": self.count, "fingerprint": self.fingerprint})
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Read what `save` wrote. Raises `UserError` when the file is missing or not one."""
         tensors, info = _read(path)
-        parts: dict[str, dict[str, Tensor]] = {"gram": {}, "total": {}}
-        for key, value in tensors.items():
-            part, _, name = key.partition(".")
-            parts.setdefault(part, {})[name] = value
-        return _built(cls, path, {**parts, **info})
+        parts = {part: _popped(tensors, f"{part}.") for part in ("gram", "total", "means")}
+        return _built(cls, path, {**tensors, **parts, **info})
 
 
 def gather_grams(
@@ -194,6 +224,7 @@ def gather_grams(
         total={name: torch.zeros(size, **kind) for name, size in sizes.items()},
         count=dict.fromkeys(names, 0),
         fingerprint=calibration.fingerprint,
+        means=calibration.means,
     )
 
     calls, runs = dict.fromkeys(names, 0), runs_per_step(pipe, calibration.embeds)
@@ -258,6 +289,12 @@ def _read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             return {key: file.get_tensor(key) for key in file.keys()}, info  # noqa: SIM118
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise UserError(f"{path}: missing, truncated or not written by ecodiff") from error
+
+
+def _popped(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Take those out whose name begins with a prefix, under what comes after it."""
+    names = [name for name in tensors if name.startswith(prefix)]
+    return {name.removeprefix(prefix): tensors.pop(name) for name in names}
 
 
 def _built(cls: type, path: str | Path, fields: dict[str, Any]) -> Any:

@@ -1,7 +1,8 @@
 """Hard concrete gates on the units of structures (Louizos et al., 2018; EcoDiff, "mask learning").
 
 A gate multiplies what a consumer reads (or what a modulation linear writes), so gating with 0 and
-cutting are the same algebra: `W[:, keep] @ x[keep] == W @ (m * x)` for a 0/1 mask m.
+cutting are the same algebra: `W[:, keep] @ x[keep] == W @ (m * x)` for a 0/1 mask m. A closed gate
+may let the unit's mean through instead of 0, which a bias gives when the unit is gone.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -71,14 +73,25 @@ class Gates(nn.Module):
 
     Values are held from one `draw` (or `set`) to the next, so that all denoising steps and their
     recomputation see the same sample.
+
+    Args:
+        structures: what to gate.
+        first_logit: of all units.
+        floor: the noise floor.
+        means: module -> what it is given (modulation: what it gives) by a closed gate, see
+            `Calibration`; 0 where there is none. A bias can give it when the unit is gone.
     """
 
     def __init__(
-        self, structures: Iterable[Structure], first_logit: float = 3.0, floor: float = 0.0
+        self,
+        structures: Iterable[Structure],
+        first_logit: float = 3.0,
+        floor: float = 0.0,
+        means: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
         super().__init__()
         self.structures = list(structures)
-        self.floor = floor
+        self.floor, self.means = floor, dict(means)
         for s in self.structures:
             logits = torch.full((s.units,), first_logit, dtype=torch.float32)
             # torch forbids dots in the names of parameters
@@ -159,7 +172,8 @@ class Gates(nn.Module):
     def attached(self, denoiser: nn.Module) -> Iterator[None]:
         """Gate `denoiser` inside the context, with the held values; hooks go on exit, always.
 
-        Inputs of consumers and outputs of modulation linears are multiplied in their own dtype.
+        Inputs of consumers and outputs of modulation linears are drawn towards their mean, or 0, in
+        their own dtype.
         Their batch is k * n, k guidance branches one after the other (n prompts, or 1: any batch).
 
         Raises:
@@ -189,7 +203,7 @@ class Gates(nn.Module):
         return self._gated(name, output)
 
     def _gated(self, name: str, x: Tensor) -> Tensor:
-        """Multiply x, (k * n, ..., columns), by the held (n, columns)."""
+        """Mix x, (k * n, ..., columns), with the means, by the held (n, columns)."""
         if name not in self._multipliers:
             raise RuntimeError("gates have no values: draw() or set() them before the model runs")
         gate = self._multipliers[name].to(x.device, x.dtype)
@@ -201,7 +215,10 @@ class Gates(nn.Module):
         gate = functional.pad(gate, (0, x.shape[-1] - covered), value=1.0)
         if prompts > 1:
             gate = gate.repeat(branches, 1)
-        return x * gate.view(len(gate), *[1] * (x.ndim - 2), -1)
+        gate = gate.view(len(gate), *[1] * (x.ndim - 2), -1)
+        if name not in self.means:
+            return x * gate
+        return torch.lerp(self.means[name].to(x.device, x.dtype), x, gate)
 
     def expected_sparsity(self, total_parameters: int) -> dict[str, Tensor]:
         """Expected share of `total_parameters` that is removed of each kind of structure.

@@ -5,7 +5,7 @@ It imports nothing of ecodiff, so that diffusers reads a pruned folder without e
 config says how narrow, under `pruned`:
 
     shapes     layer -> shape of its weight
-    scattered  linears whose missing output channels are 0
+    scattered  linears whose missing output channels give their bias alone
     heads      attention -> heads that are left
 """
 
@@ -26,28 +26,29 @@ CLASS_FILE = "ecodiff.py"
 
 
 class ScatterLinear(nn.Linear):
-    """A linear whose pruned output channels are exactly 0.
+    """A linear whose pruned output channels give their bias alone, or exactly 0 without one.
 
     Args:
         linear: the dense linear, weight (out, in).
         kept: int64 (k,), its output channels that stay.
 
-    The weight is (k, in); `index` (k,) is saved with it. The output is (..., out) as before.
+    The weight is (k, in), the bias (out,); `index` (k,) is saved with them. The output is
+    (..., out) as before.
     """
 
     def __init__(self, linear: nn.Linear, kept: Tensor) -> None:
         nn.Module.__init__(self)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias = linear.weight, linear.bias
+        self.in_features, self.out_features = linear.in_features, len(kept)
         self.channels = linear.out_features
+        self.weight, self.bias = _selected(linear.weight, 0, kept), linear.bias
         self.register_buffer("index", kept.clone())
-        take(self, 0, kept)
 
     def forward(self, input: Tensor) -> Tensor:
         """Map (..., in) to (..., out), in the dtype of the narrow linear's result."""
-        narrow = super().forward(input)
+        narrow = nn.functional.linear(input, self.weight)
         full = narrow.new_zeros(*narrow.shape[:-1], self.channels)
-        return full.index_copy(-1, self.index, narrow)
+        full = full.index_copy(-1, self.index, narrow)
+        return full if self.bias is None else full + self.bias
 
 
 class NoChannels(nn.Conv2d):

@@ -146,6 +146,9 @@ class MaskSettings(Settings):
     first_logit: float | Literal["sensitivity"] = "sensitivity"
     """Where logits start: `sensitivity`: each by what its unit is worth alone, to second order. A
     number: all there, as in the paper, which starts at 3."""
+    closed: Literal["mean", "zero"] = "mean"
+    """What a closed gate lets through. `mean`: what its unit gives on average, where a bias can do
+    so when the unit is gone. `zero`: nothing, as in the paper."""
     lr: LearningRates = LearningRates()
     lr_warmup: NonNegativeInt = 0
     """Iterations over which learning rates rise to their full value."""

@@ -44,9 +44,9 @@ class Structure:
         kind: `heads`, `neurons` or `modulation`.
         units: how many there are.
         width: rows or columns a unit (the head dimension, or 1).
-        producers: linears that lose rows (of the weight, and entries of the bias).
+        producers: linears that lose rows of their weight, and of their bias unless modulation.
         consumers: linears that lose input columns; empty for modulation.
-        unit_parameters: parameters that go with one unit, biases included.
+        unit_parameters: parameters that go with one unit, biases included but for modulation's.
     """
 
     name: str
@@ -238,7 +238,8 @@ def _structure(
     parameters = 0
     for port in producers:
         linear = denoiser.get_submodule(port.module)
-        row = linear.weight[0].numel() + (linear.bias is not None)
+        # A modulation channel's bias stays: it gives what the channel gave on average.
+        row = linear.weight[0].numel() + (linear.bias is not None and kind != "modulation")
         parameters += len(port.offsets) * width * row
     for port in consumers:
         linear = denoiser.get_submodule(port.module)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -74,8 +74,8 @@ def z0_of(pipe, dense):
     return denoise(pipe, dense.embeds, dense.noise, dense.call)
 
 
-def masked(dense, kept):
-    gates = Gates(dense.structures)
+def masked(dense, kept, means=MappingProxyType({})):
+    gates = Gates(dense.structures, means=means)
     gates.set(kept)
     with gates.attached(denoiser_of(dense.pipe)):
         return z0_of(dense.pipe, dense)
@@ -176,6 +176,16 @@ def test_pruned_equals_masked(dense):
     expected = masked(dense, kept)
     assert (expected - dense.z0).abs().max() > 1e-3
     assert (z0_of(pruned(dense, kept), dense) - expected).abs().max() <= 1e-4
+
+
+def test_pruned_equals_masked_where_gates_close_onto_means(dense):
+    means = calibrate(dense.pipe, PROMPTS, SEEDS, dense.call, 2).means
+    assert means
+    kept = most_units(dense.structures)
+    expected = masked(dense, kept, means)
+    assert (expected - masked(dense, kept)).abs().max() > 1e-4
+    pipe = pruned(dense, SimpleNamespace(kept=kept, means=means))
+    assert (z0_of(pipe, dense) - expected).abs().max() <= 1e-4
 
 
 @pytest.mark.slow
@@ -347,7 +357,7 @@ def test_step_distilled_models_are_pruned_over_their_few_steps(kind, steps, tmp_
     settings = MaskSettings(iterations=2, batch=3, lr={"heads": 1.0, "neurons": 1.0})
     mask = ecodiff.learn_mask(pipe, PROMPTS, 0.1, call=call, settings=settings)
     hook.remove()
-    assert len(runs) == 3 * steps  # the dense trajectory, then two updates
+    assert len(runs) == 4 * steps  # the dense trajectory, where to start, two updates
     assert any(scores.unique().numel() > 1 for scores in mask.scores.values())
     ecodiff.prune(pipe, mask)
     noise = starting_noise(pipe, SEEDS, call)

@@ -271,7 +271,8 @@ def test_learning_stops_when_the_ranking_no_longer_changes(flux):
     _, history = learn_mask(*flux, still, 0.1)
     assert len(history) == 5  # not before the target has risen to the end
     assert history["changed"].eq(0).all()
-    _, restless = learn_mask(*flux, MaskSettings(**{**settings, "iterations": 4}), 0.1)
+    moving = {**settings, "iterations": 4, "lr": {"heads": 1.0, "neurons": 1.0, "modulation": 1.0}}
+    _, restless = learn_mask(*flux, MaskSettings(**moving), 0.1)
     assert len(restless) == 4 and restless["changed"].max() > 0.01
     _, history = learn_mask(*flux, still.model_copy(update={"objective": "penalty"}), 0.1)
     assert len(history) == 2  # a penalty aims at no target, so there is none to wait for
@@ -298,7 +299,7 @@ def test_the_per_step_loss_compares_predictions_on_the_dense_models_own_latents(
     row = made.differentiate(0)
     embeds, noise, _ = calibration.batch(made._rows(0)[0])
     steps = dense_steps(pipe, embeds, noise, calibration.call)
-    gates = learner_module.Gates(discover(pipe), 3.0, 0.0)
+    gates = learner_module.Gates(discover(pipe), 3.0, 0.0, calibration.means)
     gates.draw(4, torch.Generator().manual_seed(learner_module._mix(0, 1, 0)))
     with torch.no_grad(), gates.attached(denoiser_of(pipe)):
         errors = [

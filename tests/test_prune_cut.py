@@ -162,11 +162,13 @@ def test_a_spatial_residual_attention_without_heads_keeps_shape_residual_and_sca
     assert torch.allclose(NoHeads(attention)(picture), expected)
 
 
-def test_pruned_modulation_channels_are_exactly_zero_in_every_dtype():
-    linear = nn.Linear(3, 5).to(torch.bfloat16)
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_pruned_modulation_channels_are_exactly_their_bias_in_every_dtype(has_bias):
+    linear = nn.Linear(3, 5, bias=has_bias).to(torch.bfloat16)
     output = ScatterLinear(linear, torch.tensor([1, 4]))(torch.randn(2, 3, dtype=torch.bfloat16))
     assert output.dtype == torch.bfloat16 and output.shape == (2, 5)
-    assert (output != 0).any(0).tolist() == [False, True, False, False, True]
+    alone = linear.bias.detach() if has_bias else torch.zeros(5, dtype=torch.bfloat16)
+    assert (output != alone).any(0).tolist() == [False, True, False, False, True]
 
 
 def test_activations_stay_as_the_model_has_them():

@@ -42,11 +42,12 @@ def mask_error(
     """
     record.check(pipe)
     denoiser = denoiser_of(pipe)
-    gates = Gates(discover(denoiser)).to(denoiser.device)
+    structures = discover(denoiser)
     dense = record.z0.double()
     variance = dense.var(correction=0)
     rows = []
     for name, mask in masks.items():
+        gates = Gates(structures, means=mask.means).to(denoiser.device)
         for sparsity in sparsities:
             gates.set(mask.at(pipe, sparsity).kept)
             with gates.attached(denoiser):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self
@@ -19,8 +19,9 @@ from torch import Tensor
 from ecodiff.artifacts import atomic
 from ecodiff.calibrate import Calibration, calibrate
 from ecodiff.errors import UserError
-from ecodiff.mask.methods import METHODS, Request, Scores, scored
+from ecodiff.mask.methods import GATED, METHODS, Request, Scores, scored
 from ecodiff.mask.select import check_scores, removed_share, select
+from ecodiff.mask.sensitivity import closed_means
 from ecodiff.pipelines import denoiser_of
 from ecodiff.settings import MaskSettings
 from ecodiff.structures import Structure, count_parameters, discover
@@ -36,11 +37,13 @@ class Mask:
         scores: structure name -> fp32 (units,), higher is more important.
         kept: structure name -> bool (units,), true for units that stay.
         info: model, method, target, exact sparsity, settings; anything that JSON can hold.
+        means: what biases give in the place of units that go, see `Calibration`; none: nothing.
     """
 
     scores: dict[str, Tensor]
     kept: dict[str, Tensor]
     info: dict[str, Any] = field(default_factory=dict)
+    means: dict[str, Tensor] = field(default_factory=dict)
 
     def check(self, structures: Sequence[Structure]) -> None:
         """Raise `UserError` unless names and sizes are those of a model's structures."""
@@ -53,19 +56,22 @@ class Mask:
         Right unless the scores were learned for one sparsity alone. Raises what `select` does.
         """
         settings = MaskSettings.model_validate(self.info["settings"])
-        return _selected(pipe, self.scores, sparsity, settings, self.info)
+        return replace(
+            _selected(pipe, self.scores, sparsity, settings, self.info), means=self.means
+        )
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, whole or not at all."""
         tensors = {f"scores/{name}": v.float().contiguous() for name, v in self.scores.items()}
         tensors |= {f"kept/{name}": value.contiguous() for name, value in self.kept.items()}
+        tensors |= {f"means/{name}": value.contiguous() for name, value in self.means.items()}
         with atomic(path) as scratch:
             save_file(tensors, scratch, metadata={"ecodiff": json.dumps(self.info, default=str)})
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Read what `save` wrote. Raises `UserError` when the file is missing or not one."""
-        parts: dict[str, dict[str, Tensor]] = {"scores": {}, "kept": {}}
+        parts: dict[str, dict[str, Tensor]] = {"scores": {}, "kept": {}, "means": {}}
         try:
             with safe_open(path, framework="pt") as file:
                 info = json.loads(file.metadata()["ecodiff"])
@@ -136,7 +142,10 @@ def make_mask(
     }
     if calibration is not None:
         info |= {"seeds": calibration.seeds, "fingerprint": calibration.fingerprint}
-    return _selected(pipe, found, sparsity, settings, info), history
+    mask = _selected(pipe, found, sparsity, settings, info)
+    if method in GATED and calibration is not None:
+        mask.means = dict(closed_means(settings, calibration))
+    return mask, history
 
 
 def learn_mask(

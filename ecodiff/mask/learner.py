@@ -17,7 +17,7 @@ from ecodiff.errors import UserError
 from ecodiff.gates import Gates
 from ecodiff.mask.objective import Budget, Objective, Penalty, distortion, expected_sparsity
 from ecodiff.mask.select import select
-from ecodiff.mask.sensitivity import costs_of_share, first_logits, sensitivity
+from ecodiff.mask.sensitivity import closed_means, costs_of_share, first_logits, sensitivity
 from ecodiff.pipelines import denoiser_of
 from ecodiff.rollout import DenseStep, dense_steps, frozen, rollout
 from ecodiff.settings import MaskSettings
@@ -47,7 +47,8 @@ class Learner:
         structures = discover(self.denoiser)
         self.total = count_parameters(self.denoiser)
         first = 0.0 if settings.first_logit == "sensitivity" else settings.first_logit
-        self.gates = Gates(structures, first, settings.noise_floor)
+        means = closed_means(settings, self.calibration)
+        self.gates = Gates(structures, first, settings.noise_floor, means)
         self.gates.to(self.denoiser.device)
         kinds = {s.name: s.kind for s in structures}
         self.lr = settings.lr.model_dump()
@@ -84,7 +85,7 @@ class Learner:
         log.info("mask: learning starts from the sensitivity of each unit")
         settings = self.settings
         how = (settings.batch, settings.checkpoint, settings.seed, self.keep_steps)
-        found = sensitivity(self.pipe, self.calibration, *how)
+        found = sensitivity(self.pipe, self.calibration, *how, means=self.gates.means)
         costs = costs_of_share(self.gates.structures, found, self.total)
         prices = self.objective.prices(self.gates.structures, costs, self.total)
         with torch.no_grad():

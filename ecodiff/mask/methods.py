@@ -14,12 +14,14 @@ from torch import Tensor
 from ecodiff.calibrate import Calibration, gather_grams
 from ecodiff.errors import UserError
 from ecodiff.mask import learn, peers, scores
-from ecodiff.mask.sensitivity import costs_of_share, sensitivity
+from ecodiff.mask.sensitivity import closed_means, costs_of_share, sensitivity
 from ecodiff.pipelines import denoiser_of
 from ecodiff.settings import MaskSettings
 from ecodiff.structures import count_parameters, discover
 
-FLAT = 3.0  # the paper's first logit
+PUBLISHED = {"first_logit": 3.0, "closed": "zero"}  # how the paper learns
+# Methods that score what closing a gate does; others score what lies behind it.
+GATED = ("ecodiff", "sensitivity")
 
 Scores = dict[str, Tensor]
 
@@ -74,7 +76,7 @@ def _at_once(find: Callable[[DiffusionPipeline, Request], Scores]) -> Method:
 def _sensitivity(pipe: DiffusionPipeline, request: Request) -> Scores:
     calibration, settings = request.recorded("sensitivity"), request.settings
     how = (settings.batch, settings.checkpoint, settings.seed)
-    found = sensitivity(pipe, calibration, *how)
+    found = sensitivity(pipe, calibration, *how, means=closed_means(settings, calibration))
     denoiser = denoiser_of(pipe)
     return costs_of_share(discover(denoiser), found, count_parameters(denoiser))
 
@@ -117,8 +119,8 @@ def _depth(pipe: DiffusionPipeline, request: Request) -> Scores:
 METHODS: dict[str, Method] = {
     "ecodiff": _learned,
     "sensitivity": _at_once(_sensitivity),
-    "flat-start": _learned_with(first_logit=FLAT),
-    "per-step": _learned_with(first_logit=FLAT, loss="per-step"),
+    "flat-start": _learned_with(**PUBLISHED),
+    "per-step": _learned_with(**PUBLISHED, loss="per-step"),
     "obs": _at_once(_obs),
     "wanda": _at_once(_wanda),
     "taylor": _at_once(_taylor),

@@ -8,6 +8,7 @@ Its diagonal is found by one backward pass a prompt, whatever the number of unit
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from diffusers import DiffusionPipeline
@@ -18,6 +19,7 @@ from ecodiff.errors import UserError
 from ecodiff.gates import Gates
 from ecodiff.pipelines import denoiser_of
 from ecodiff.rollout import frozen, rollout
+from ecodiff.settings import MaskSettings
 from ecodiff.structures import Structure, discover
 from ecodiff.workers import Workers
 
@@ -31,6 +33,7 @@ def sensitivity(
     checkpoint: bool = True,
     seed: int = 0,
     keep_steps: int = 0,
+    means: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> dict[str, Tensor]:
     """The relative latent error (EcoDiff, objective) that each unit's removal alone would cause.
 
@@ -44,6 +47,7 @@ def sensitivity(
         batch: prompts that pass together; of several processes, each takes its share of all.
         checkpoint, keep_steps: see `rollout`.
         seed: of the signs.
+        means: what closed gates let through, see `Gates`.
 
     Returns:
         Structure name -> fp32 (units,), on the CPU.
@@ -53,7 +57,8 @@ def sensitivity(
     """
     calibration.check(pipe)
     denoiser = denoiser_of(pipe)
-    workers, gates = Workers(denoiser.device), Gates(discover(denoiser)).to(denoiser.device)
+    workers = Workers(denoiser.device)
+    gates = Gates(discover(denoiser), means=means).to(denoiser.device)
     generator = torch.Generator().manual_seed(seed)
     signs = torch.randint(0, 2, calibration.z0.shape, generator=generator) * 2.0 - 1
     sums = {name: torch.zeros_like(logits) for name, logits in gates.logits.items()}
@@ -64,14 +69,21 @@ def sensitivity(
         with frozen(denoiser), gates.attached(denoiser):
             z0 = rollout(pipe, embeds, noise, calibration.call, checkpoint, keep_steps)
             (z0.float() * signs[rows].to(z0.device)).sum().backward()
-        for name, leaf in leaves.items():
-            if not leaf.grad.isfinite().all():
+        # The last block of a joint transformer has outputs that nothing reads.
+        gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+        for name, gradient in gradients.items():
+            if not gradient.isfinite().all():
                 prompts = [calibration.prompts[i] for i in rows]
                 raise UserError(f"mask: gradients are not finite on prompts {prompts}")
-            sums[name] += leaf.grad.square().sum(0)
+            sums[name] += gradient.square().sum(0)
     workers.average(sums.values())
     scale = len(own) * signs[0].numel() * calibration.z0.float().var().item()
     return {name: value.detach().cpu() / scale for name, value in sums.items()}
+
+
+def closed_means(settings: MaskSettings, calibration: Calibration) -> Mapping[str, Tensor]:
+    """What closed gates let through by the settings: module -> its means; none for zeros."""
+    return calibration.means if settings.closed == "mean" else {}
 
 
 def costs_of_share(

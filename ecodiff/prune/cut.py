@@ -13,6 +13,7 @@ from ecodiff.calibrate import Calibration, Grams
 from ecodiff.errors import UserError
 from ecodiff.prune.compensate import compensate
 from ecodiff.prune.in_groups import compensate_in_groups
+from ecodiff.prune.means import absorb_inputs, settle_modulation
 from ecodiff.prune.narrow import narrow
 from ecodiff.pruned import Pruned, pruned_class
 from ecodiff.settings import PruneSettings
@@ -30,8 +31,9 @@ def prune(
 ) -> None:
     """Remove the units that the mask doesn't keep, in place (EcoDiff, "structural pruning").
 
-    The pruned model computes what the dense one does under 0/1 gates, unless `data` is given. Its
-    denoiser becomes an `ecodiff.Pruned<Class>`.
+    The pruned model computes what the dense one does under 0/1 gates, unless `data` is given: then
+    consumers are solved again, and modulation that goes gives its mean. Its denoiser becomes an
+    `ecodiff.Pruned<Class>`.
 
     Args:
         pipe: a dense pipeline.
@@ -56,6 +58,10 @@ def prune(
     elif data is not None:
         data.check(pipe)
         compensate(denoiser, structures, kept, data, settings.ridge)
+    means = getattr(mask, "means", {}) if data is None else data.means
+    if data is None:
+        absorb_inputs(denoiser, structures, kept, means)
+    settle_modulation(denoiser, structures, kept, means)
     record = narrow(denoiser, structures, kept)
     denoiser.__class__ = pruned_class(type(denoiser))
     denoiser.register_to_config(pruned=record)

@@ -35,8 +35,8 @@ def compensate_in_groups(
 
     Both models run on the dense trajectory's inputs, step by step, so that later layers correct
     what earlier ones got wrong; those that lose nothing do, too. Structures without consumers are
-    gone from the start. Groups are OBS-Diff's "module packages"; its target is the pruned model's
-    own answer.
+    gone from the start, but for their means. Groups are OBS-Diff's "module packages"; its target is
+    the pruned model's own answer.
 
     Args:
         pipe: the dense pipeline.
@@ -58,7 +58,9 @@ def compensate_in_groups(
         for module in order
         for name, value in denoiser.get_submodule(module).named_parameters()
     }
-    gates, solved = Gates(structures).to(denoiser.device), set[str]()
+    modulation = {port.module for s in structures if not s.consumers for port in s.producers}
+    means = {name: mean for name, mean in calibration.means.items() if name in modulation}
+    gates, solved = Gates(structures, means=means).to(denoiser.device), set[str]()
     for group in _split(order, groups):
         gone = [s for s in structures if s.name in kept]
         gone = [s for s in gone if all(port.module in solved for port in s.consumers)]
