@@ -163,6 +163,8 @@ class Gates(nn.Module):
 
     def _hold(self, values: dict[str, Tensor]) -> None:
         """Lay the gates out as one multiplier a linear; several structures may share a linear."""
+        device = next(iter(values.values())).device
+        self.means = {module: mean.to(device) for module, mean in self.means.items()}
         self._multipliers = {
             module: _multiplier(ports, values)
             for module, ports in (self._inputs | self._outputs).items()
