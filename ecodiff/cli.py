@@ -174,6 +174,10 @@ def prune(
     from ecodiff.mask import Mask
     from ecodiff.prune.cut import prune as cut
 
+    if grams and calibration:
+        raise UserError(
+            "prune: --grams compensates all layers at once, --calibration in groups; not both"
+        )
     chosen = read_settings(sections.PruneSettings, settings)
     wanted, data = Mask.load(mask), Grams.load(grams) if grams else None
     data = Calibration.load(calibration) if calibration else data

@@ -175,8 +175,8 @@ class Gates(nn.Module):
         """Gate `denoiser` inside the context, with the held values; hooks go on exit, always.
 
         Inputs of consumers and outputs of modulation linears are drawn towards their mean, or 0, in
-        their own dtype.
-        Their batch is k * n, k guidance branches one after the other (n prompts, or 1: any batch).
+        their own dtype. Their batch is k * n, k guidance branches one after the other (n prompts,
+        or 1: any batch).
 
         Raises:
             RuntimeError: (in the forward pass) nothing held yet, or the batch does not fit.

@@ -56,6 +56,12 @@ def test_a_missing_model_is_one_line(tmp_path, capsys):
     assert capsys.readouterr().err.splitlines()[-1].startswith("ecodiff: error: source: ")
 
 
+def test_two_ways_to_compensate_are_one_too_many(tmp_path, capsys):
+    words = ("prune", tmp_path, tmp_path / "mask", tmp_path / "out", "--grams", tmp_path / "g")
+    assert ecodiff(*words, "--calibration", tmp_path / "c") == 2
+    assert "--grams" in capsys.readouterr().err
+
+
 def test_prompts_leave_a_table_pictures_and_a_manifest(tmp_path):
     table = make_prompts(tmp_path, count=3)
     assert read_prompts(table)["seed"].tolist() == [5, 6, 7]
