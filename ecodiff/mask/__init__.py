@@ -98,9 +98,9 @@ def score(
         seed: of `random` and `taylor`.
         calibration: what `calibrate` recorded of this model; all methods but `magnitude`,
             `magnitude-local` and `random` need it.
-        settings: `ecodiff`, `per-step`: how to learn; their own seed counts. The others read
-            the batch size and the number of prompts.
-        sparsity: `ecodiff`, `per-step` with the objective `budget`: what to aim at.
+        settings: how to learn, for methods that do, and how gates close; the seed in them counts
+            for `sensitivity` too. The others read the batch size and the number of prompts.
+        sparsity: what to aim at, for methods that learn with the objective `budget`.
 
     Returns:
         Structure name -> fp32 (units,), higher is more important.
