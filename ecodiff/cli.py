@@ -335,12 +335,13 @@ def mask_error(
 def tables(run: Run) -> None:
     """Write the main table (csv, markdown, LaTeX) and the ranking to <run>/tables."""
     from ecodiff.report.ranking import write_ranking
-    from ecodiff.report.tables import main_table, write_tables
+    from ecodiff.report.tables import how_measured, main_table, write_tables
 
     config, results = _results(run)
     published, table = config.report.published, main_table(results)
-    write_tables(table, run / "tables", Path(published) if published else None)
-    write_ranking(table, run / "tables")
+    notes = how_measured(config.evaluate)
+    write_tables(table, run / "tables", Path(published) if published else None, notes)
+    write_ranking(table, run / "tables", notes)
 
 
 @report.command()

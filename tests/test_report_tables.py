@@ -12,10 +12,11 @@ import pytest
 from rich.console import Console
 from synthetic import PRUNED, write_run
 
+from ecodiff.config import EvaluateSettings
 from ecodiff.errors import UserError
 from ecodiff.report.results import Results
 from ecodiff.report.style import QUALITY, colour, label, method
-from ecodiff.report.tables import main_table, print_table, write_tables
+from ecodiff.report.tables import how_measured, main_table, print_table, write_tables
 
 
 @pytest.fixture(scope="module")
@@ -141,3 +142,22 @@ def test_the_report_starts_without_torch() -> None:
         "import sys, ecodiff.report.tables, ecodiff.report.figures;sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({}, ["Inception's 2,048", "open_clip's ViT-B-16 (datacomp_xl_s13b_b90k)"]),
+        (
+            {"features": "clip", "clip_model": "local-dir:toy", "clip_pretrained": None},
+            ["torchmetrics on open_clip's local-dir:toy;"],
+        ),
+    ],
+)
+def test_the_library_and_settings_of_each_metric_stand_below(
+    results: Results, tmp_path: Path, settings: dict[str, str], named: list[str]
+) -> None:
+    notes = how_measured(EvaluateSettings(**settings))
+    write_tables(main_table(results), tmp_path, notes=notes)
+    assert (tmp_path / "main.md").read_text().endswith(notes)
+    assert all(part in notes for part in named)

@@ -38,8 +38,8 @@ def ranking(table: pd.DataFrame) -> pd.DataFrame:
     return found
 
 
-def write_ranking(table: pd.DataFrame, folder: Path) -> None:
-    """Write `ranking.csv` and `ranking.md` of a main table to a folder."""
+def write_ranking(table: pd.DataFrame, folder: Path, notes: str = "") -> None:
+    """Write `ranking.csv` and `ranking.md` of a main table to a folder, with notes at the end."""
     ranked = ranking(table)
     write_text(folder / "ranking.csv", ranked.to_csv(index=False))
     parts = []
@@ -50,7 +50,7 @@ def write_ranking(table: pd.DataFrame, folder: Path) -> None:
                 parts.append(f"{metric.title}:\n\n{markdown(side_by_side(rows, metric))}\n")
     for (model, sparsity), rows in ranked.groupby(["model", "target_sparsity"], sort=False):
         parts.append(f"# {model}, {sparsity:.0%} removed\n\n{markdown(readable(rows))}\n")
-    write_text(folder / "ranking.md", "".join(parts))
+    write_text(folder / "ranking.md", "".join([*parts, notes]))
 
 
 def side_by_side(ranked: pd.DataFrame, metric: Quantity) -> pd.DataFrame:

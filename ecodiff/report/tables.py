@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ecodiff.artifacts import write_text
+from ecodiff.config import EvaluateSettings
 from ecodiff.errors import UserError
 from ecodiff.report.results import Results
 from ecodiff.report.style import COST, EXACT, QUALITY, TARGET, Quantity, method
@@ -60,19 +61,36 @@ def main_table(results: Results) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=names)
 
 
-def write_tables(table: pd.DataFrame, folder: Path, published: Path | None = None) -> None:
+def how_measured(settings: EvaluateSettings) -> str:
+    """A paragraph for below a table: each metric's library and settings."""
+    clip = f"open_clip's {settings.clip_model}"
+    clip += f" ({settings.clip_pretrained})" if settings.clip_pretrained else ""
+    features = "Inception's 2,048 pool features" if settings.features == "inception" else clip
+    return (
+        f"FID and KID: torchmetrics on {features}; KID is unbiased, so it may be below zero. CMMD:"
+        f" Gaussian kernel of bandwidth 10 on normalised embeddings, times 1,000, and CLIP score: mean"
+        f" cosine, both by {clip}. SSIM and PSNR: torchmetrics, against the dense model's pictures."
+        " Relative latent error: mean((z0' - z0)^2) / var(z0) against the dense model's final latents;"
+        " its median is over pictures. Scene accuracy: the exact checker of ShapeWorld captions.\n"
+    )
+
+
+def write_tables(
+    table: pd.DataFrame, folder: Path, published: Path | None = None, notes: str = ""
+) -> None:
     """Writes `main.csv` (raw values), `main.md` and `main.tex` (units, rounded).
 
     Args:
         table: of `main_table`.
         folder: where to.
+        notes: a paragraph below ours in `main.md`.
         published: csv of published results, shown below ours in `main.md`.
 
     Raises:
         UserError: there is no such csv.
     """
     shown = readable(table, _measured(table, COLUMNS))
-    text = f"# Results\n\n{markdown(shown)}"
+    text = f"# Results\n\n{markdown(shown)}\n{notes}"
     if published is not None:
         try:
             theirs = pd.read_csv(published, dtype=str).fillna("-")
