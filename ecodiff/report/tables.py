@@ -68,11 +68,10 @@ def how_measured(settings: EvaluateSettings) -> str:
     features = "Inception's 2,048 pool features" if settings.features == "inception" else clip
     return (
         f"FID and KID: torchmetrics on {features}; KID is unbiased, so it may be below zero. CMMD:"
-        " Gaussian kernel of bandwidth 10 on normalised embeddings, times 1,000, and CLIP score: mean"
-        f" cosine, both by {clip}. SSIM and PSNR: torchmetrics, against the dense model's pictures."
-        " Relative latent error: mean((z0' - z0)^2) / var(z0) against the dense model's final"
-        " latents; its median is over pictures. Scene accuracy: the exact checker of ShapeWorld"
-        " captions.\n"
+        " Gaussian kernel of bandwidth 10 on normalised embeddings, times 1,000; CLIP score: mean"
+        f" cosine; both by {clip}. SSIM and PSNR: torchmetrics, against the dense model. Relative"
+        " latent error: mean((z0' - z0)^2) / var(z0) against the dense model's final latents; its"
+        " median is over pictures. Scene accuracy: the exact checker of ShapeWorld captions.\n"
     )
 
 
