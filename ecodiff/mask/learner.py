@@ -82,7 +82,6 @@ class Learner:
 
     def _start_from_sensitivity(self) -> None:
         """Logits are log(cost / price): a unit's sensitivity and what it must be worth to stay."""
-        log.info("mask: learning starts from the sensitivity of each unit")
         settings = self.settings
         how = (settings.batch, settings.checkpoint, settings.seed, self.keep_steps)
         found = sensitivity(self.pipe, self.calibration, *how, means=self.gates.means)

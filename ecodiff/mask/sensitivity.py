@@ -7,6 +7,7 @@ Its diagonal is found by one backward pass a prompt, whatever the number of unit
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
@@ -24,6 +25,8 @@ from ecodiff.structures import Structure, discover
 from ecodiff.workers import Workers
 
 FURTHEST = 8.0  # a logit this far from zero is open, or closed, in any case
+
+log = logging.getLogger(__name__)
 
 
 def sensitivity(
@@ -76,6 +79,7 @@ def sensitivity(
                 prompts = [calibration.prompts[i] for i in rows]
                 raise UserError(f"mask: gradients are not finite on prompts {prompts}")
             sums[name] += gradient.square().sum(0)
+        log.info("mask: sensitivity, prompts %s to %s of %s", rows[0] + 1, rows[-1] + 1, len(signs))
     workers.average(sums.values())
     scale = len(own) * signs[0].numel() * calibration.z0.float().var().item()
     return {name: value.detach().cpu() / scale for name, value in sums.items()}
