@@ -48,7 +48,7 @@ def analysis(results: Results, model: str) -> Figure:
     figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.6), squeeze=False)
     for axis, draw in zip(axes[0], panels, strict=True):
         draw(axis)
-        axis.set_xlabel(REMOVED)
+        axis.set(xlabel=REMOVED, xticks=sorted({variant.percent for variant in masks}))
         axis.legend(fontsize=8.5)
     figure.suptitle(f"{model}: what masks take", fontsize=13)
     return figure

@@ -39,6 +39,8 @@ plt.rcParams.update(
     }
 )
 _QUARTILES = ("low", "high")
+WIDE = 50  # ratio of values from which an axis is logarithmic
+FITTING = 12  # names of a legend that fit the place of a panel
 # The dense model itself is no reference there.
 COMPARED_TO_DENSE = {"ssim", "psnr", "latent_error", "latent_error_median"}
 
@@ -69,8 +71,12 @@ def quality(results: Results, model: str) -> Figure:
             axis.axhline(dense, color=colour(variants[0]), linestyle=":", label="Dense")
         axis.set(title=metric.title, ylabel=metric.name, xlabel=REMOVED)
         axis.set_xticks(_at_most(10, sorted({variant.percent for variant in variants[1:]})))
-        if metric.key.startswith("latent_error"):
+        drawn = [y for line in axis.get_lines() for y in line.get_ydata() if y > 0]
+        wide = metric.better == "lower" and max(drawn, default=1) > WIDE * min(drawn, default=1)
+        if metric.key.startswith("latent_error") or (wide and metric.key != "kid"):
             decades(axis, "y")
+        elif wide:  # an unbiased estimate may be below zero
+            axis.set_yscale("symlog", linthresh=100)
     _legend(axes.flat[0], list(axes.flat[len(shown) :]), figure)
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.12)
     figure.suptitle(f"{model}: quality against sparsity", fontsize=13)
@@ -251,7 +257,7 @@ def _legend(source: Axes, free: list[Axes], figure: Figure) -> None:
     for axis in free:
         axis.set_axis_off()
     handles, names = source.get_legend_handles_labels()
-    if free:
+    if free and len(names) <= FITTING:
         free[0].legend(handles, names, loc="center", fontsize=11)
     else:
-        figure.legend(handles, names, loc="outside lower center", ncols=4)
+        figure.legend(handles, names, loc="outside lower center", ncols=5, fontsize=11)

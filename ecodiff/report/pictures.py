@@ -50,7 +50,8 @@ def pictures(results: Results, model: str) -> Figure:
 
 def _header(variant: Variant) -> str:
     share = "" if variant.is_dense else f"\n{variant.percent} %"
-    return method(variant).replace(" + ", "\n+ ").replace("least squares", "least sq.") + share
+    name, *more = method(variant).replace("least squares", "least sq.").split(" + ")
+    return "\n".join([*textwrap.wrap(name, 11), *(f"+ {one}" for one in more)]) + share
 
 
 def removed(results: Results, model: str) -> Figure:
