@@ -58,7 +58,8 @@ def changes(call: dict[str, Any], flow: bool) -> list[Change]:
     """The rows: the call as it was, then one thing changed at a time."""
     steps, height, width = (call[k] for k in ("num_inference_steps", "height", "width"))
     rows = [Change("as calibrated", {})]
-    rows += [Change(f"{n} steps", {"num_inference_steps": n}) for n in (steps // 2, 2 * steps, 50)]
+    for n in (steps // 2, 2 * steps, 4 * steps):
+        rows.append(Change(f"{n} steps", {"num_inference_steps": n}))
     if call.get("guidance_scale"):
         scale = call["guidance_scale"]
         rows += [Change(f"guidance {s:g}", {"guidance_scale": s}) for s in (1.0, 2 * scale)]
