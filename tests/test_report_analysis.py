@@ -90,6 +90,12 @@ def test_a_panel_for_each_question_and_a_line_for_each_part(tmp_path: Path) -> N
     assert [line.get_label() for line in seeds.get_lines()] == ["EcoDiff", "Random", "by accident"]
 
 
+def test_masks_are_known_by_variants_that_are_compensated_or_retrained(tmp_path: Path) -> None:
+    results = write_run(tmp_path, ("toy-sdxl",), ["ecodiff-20-lora", "magnitude-20-comp"])
+    (parts,) = analysis(results, "toy-sdxl").axes
+    assert {line.get_label() for line in parts.get_lines()} >= {"self-attention", "feed-forward"}
+
+
 def test_without_seeds_there_is_nothing_to_compare(tmp_path: Path) -> None:
     figure = analysis(write_run(tmp_path, ("toy-sdxl",)), "toy-sdxl")
     assert [axis.get_title() for axis in figure.axes] == [

@@ -72,4 +72,4 @@ def test_a_fifth_is_removed_to_the_unit(model):
     over = removed_share(model.structures, kept, model.total) * model.total - 0.2 * model.total
     assert -1 < over < last.unit_parameters
     stays = min(scores[name][units].min() for name, units in kept.items() if units.any())
-    assert goes[last] < stays
+    assert goes[last] <= stays  # among so many units some scores are equal

@@ -34,14 +34,12 @@ OBJECTS = {"scene_accuracy_one": "one object", "scene_accuracy_two": "two object
 def analysis(results: Results, model: str) -> Figure:
     """Which parts go first, how captions of one and two objects fare, and, where methods were run
     with several seeds, how much of what their masks remove is the same."""
-    masks = [
-        v for v in results.of(model) if not v.is_dense and not v.compensation and not v.retrain
-    ]
+    masks = dict.fromkeys(v.scores for v in results.of(model) if not v.is_dense)
     kept = {mask: results.kept(model, mask) for mask in masks}
     shared = overlaps(kept)
-    judged = results.quality(model, results.of(model)[0])
     panels = [lambda axis: _parts(axis, kept)]
-    if judged.get("scene_accuracy_one") is not None:
+    judged = [v for v in results.of(model) if v.method == SHOWN and not v.retrain]
+    if judged and results.quality(model, judged[0]).get("scene_accuracy_one") is not None:
         panels.append(lambda axis: _objects(axis, results, model))
     if len(shared):
         panels.append(lambda axis: _overlaps(axis, shared))
