@@ -352,7 +352,7 @@ def test_all_stages_run_on_a_tiny_model(tmp_path):
     assert dense == 0
     # Less than a unit over; the largest, a head of both streams, is 5 % of so small a model.
     assert all(0.2 <= sparsity < 0.2 + 0.051 for sparsity in pruned)
-    assert len(list((results / "figures").glob("*.png"))) == 6
+    assert len(list((results / "figures").glob("*.png"))) == 7
     assert "ecodiff" in done.stdout.lower()
     assert "tables: results/small/tables" in done.stdout
     resolved = load_config(results / "config.yaml")
