@@ -38,6 +38,7 @@ def closed_a_little(pipe, calibration, structure, unit, by):
     return (z0 - calibration.z0).double().square().mean().item() / by**2
 
 
+@pytest.mark.slow
 def test_it_is_what_closing_a_gate_costs_to_second_order():
     """One vector of signs is an unbiased estimate, so that many seeds' mean is the curvature."""
     pipe = tiny("flux").to(torch.float64)  # some units hardly matter
