@@ -178,6 +178,7 @@ def test_pruned_equals_masked(dense):
     assert (z0_of(pruned(dense, kept), dense) - expected).abs().max() <= 1e-4
 
 
+@pytest.mark.slow
 def test_pruned_equals_masked_where_gates_close_onto_means(dense):
     means = calibrate(dense.pipe, PROMPTS, SEEDS, dense.call, 2).means
     assert means
