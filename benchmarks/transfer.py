@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -110,13 +110,7 @@ def learned_on_single_objects(
     """EcoDiff's mask from those calibration prompts alone that name one object."""
     record = Calibration.load(run / model / f"{config.calibrate.prompts}.safetensors")
     chosen = [i for i, prompt in enumerate(record.prompts) if objects(prompt) == 1]
-    embeds, noise, z0 = record.batch(chosen)
-    texts = {
-        "prompts": [record.prompts[i] for i in chosen],
-        "seeds": [record.seeds[i] for i in chosen],
-    }
-    fewer = replace(record, **texts, embeds=embeds, noise=noise, z0=z0)
-    settings = config.models[model].mask
+    fewer, settings = record.of(chosen), config.models[model].mask
     return make_mask(pipe, "ecodiff", sparsity, calibration=fewer, settings=settings)[0]
 
 

@@ -24,7 +24,7 @@ from ecodiff.artifacts import atomic
 from ecodiff.errors import UserError
 from ecodiff.families import runs_per_step
 from ecodiff.pipelines import Call, denoise, denoiser_of, encode, fingerprint, starting_noise
-from ecodiff.structures import Structure, discover
+from ecodiff.structures import Structure, discover, modulation_linears
 
 
 @dataclass
@@ -73,9 +73,13 @@ class Calibration:
             return self
         if count > len(self.prompts):
             raise UserError(f"mask.prompts: {count}, but the calibration has {len(self.prompts)}")
-        embeds, noise, z0 = self.batch(range(count))
-        texts = {"prompts": self.prompts[:count], "seeds": self.seeds[:count]}
-        return replace(self, **texts, embeds=embeds, noise=noise, z0=z0)
+        return self.of(range(count))
+
+    def of(self, rows: Sequence[int]) -> Self:
+        """The same of some prompts alone, in the given order."""
+        embeds, noise, z0 = self.batch(rows)
+        prompts, seeds = [self.prompts[i] for i in rows], [self.seeds[i] for i in rows]
+        return replace(self, prompts=prompts, seeds=seeds, embeds=embeds, noise=noise, z0=z0)
 
     def drawn_by(self, pipe: DiffusionPipeline, batch_size: int) -> Tensor:
         """What `pipe`, pruned or gated, makes of the same prompts and noise: shaped as `z0`."""
@@ -141,7 +145,7 @@ def averaged(denoiser: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Inside the context the denoiser's runs are averaged; on exit the dict holds the `means` of a
     `Calibration`."""
     structures, means = discover(denoiser), dict[str, Tensor]()
-    written = {port.module for s in structures if not s.consumers for port in s.producers}
+    written = modulation_linears(structures)
     read = {port.module for s in structures for port in s.consumers}
     linears = {name: denoiser.get_submodule(name) for name in sorted(written | read)}
     linears = {name: linear for name, linear in linears.items() if linear.bias is not None}

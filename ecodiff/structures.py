@@ -110,6 +110,11 @@ def discover(model: Any) -> list[Structure]:
     return structures
 
 
+def modulation_linears(structures: Iterable[Structure]) -> set[str]:
+    """The linears of structures without consumers, whose units are what they write."""
+    return {port.module for s in structures if not s.consumers for port in s.producers}
+
+
 def count_parameters(denoiser: nn.Module) -> int:
     """Count the parameters of a module (shared ones once, buffers not)."""
     return sum(parameter.numel() for parameter in denoiser.parameters())

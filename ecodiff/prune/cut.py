@@ -13,7 +13,7 @@ from ecodiff.calibrate import Calibration, Grams
 from ecodiff.errors import UserError
 from ecodiff.prune.compensate import compensate
 from ecodiff.prune.in_groups import compensate_in_groups
-from ecodiff.prune.means import absorb_inputs, settle_modulation
+from ecodiff.prune.means import leave_means, of_modulation
 from ecodiff.prune.narrow import narrow
 from ecodiff.pruned import Pruned, pruned_class
 from ecodiff.settings import PruneSettings
@@ -58,10 +58,9 @@ def prune(
     elif data is not None:
         data.check(pipe)
         compensate(denoiser, structures, kept, data, settings.ridge)
-    means = getattr(mask, "means", {}) if data is None else data.means
-    if data is None:
-        absorb_inputs(denoiser, structures, kept, means)
-    settle_modulation(denoiser, structures, kept, means)
+    # What is solved again has a constant of its own.
+    means = getattr(mask, "means", {}) if data is None else of_modulation(structures, data.means)
+    leave_means(denoiser, structures, kept, means)
     record = narrow(denoiser, structures, kept)
     denoiser.__class__ = pruned_class(type(denoiser))
     denoiser.register_to_config(pruned=record)

@@ -15,6 +15,7 @@ from torch.func import functional_call
 from ecodiff.calibrate import Calibration, rows_of, watched
 from ecodiff.gates import Gates
 from ecodiff.prune.compensate import refit, write
+from ecodiff.prune.means import of_modulation
 from ecodiff.prune.narrow import consumer_columns
 from ecodiff.rollout import DenseStep, dense_steps
 from ecodiff.structures import Structure, denoiser_of
@@ -58,8 +59,7 @@ def compensate_in_groups(
         for module in order
         for name, value in denoiser.get_submodule(module).named_parameters()
     }
-    modulation = {port.module for s in structures if not s.consumers for port in s.producers}
-    means = {name: mean for name, mean in calibration.means.items() if name in modulation}
+    means = of_modulation(structures, calibration.means)
     gates, solved = Gates(structures, means=means).to(denoiser.device), set[str]()
     for group in _split(order, groups):
         gone = [s for s in structures if s.name in kept]
