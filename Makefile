@@ -42,7 +42,7 @@ lock:
 		--output-file requirements.lock
 
 schema: install
-	$(BIN)/python -m ecodiff.config > workflow/schemas/config.schema.json
+	$(BIN)/python -m ecodiff.config.run > workflow/schemas/config.schema.json
 
 clean:
 	rm -rf $(VENV) .snakemake

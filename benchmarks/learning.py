@@ -14,11 +14,12 @@ import pandas as pd
 import torch
 from diffusers import DiffusionPipeline
 
-from ecodiff.config import MaskCostSettings, load_config
+from ecodiff.config.run import load_config
+from ecodiff.config.sections import MaskCostSettings
 from ecodiff.evaluate.mask_cost import mask_cost
-from ecodiff.loading import load_pipeline
-from ecodiff.pipelines import encode, starting_noise
-from ecodiff.structures import count_parameters, denoiser_of
+from ecodiff.models.loading import load_pipeline
+from ecodiff.models.pipelines import encode, starting_noise
+from ecodiff.models.structures import count_parameters, denoiser_of
 from ecodiff.toys import sdxl, vae
 
 PROMPT = "a small red ring left of a large blue square on navy"

@@ -20,8 +20,9 @@ import ecodiff
 from ecodiff.evaluate.memory import peak_memory, tensors_of
 from ecodiff.evaluate.timing import seconds
 from ecodiff.mask.scores import random
-from ecodiff.pipelines import Call, denoise, denoiser_of, starting_noise
-from ecodiff.structures import count_parameters, discover
+from ecodiff.models.families import Call
+from ecodiff.models.pipelines import denoise, starting_noise
+from ecodiff.models.structures import count_parameters, denoiser_of, discover
 
 VARIANTS = [(0.0, 1), (0.2, 1), (0.2, 64), (0.3, 1), (0.3, 64)]  # sparsity, align
 STEPS = 4

@@ -20,11 +20,12 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from torch.utils.flop_counter import FlopCounterMode
 
-from ecodiff.config import MaskCostSettings
+from ecodiff.config.sections import MaskCostSettings
 from ecodiff.evaluate.mask_cost import mask_cost
 from ecodiff.evaluate.timing import seconds
-from ecodiff.pipelines import Call, call_arguments, denoiser_of, starting_noise
-from ecodiff.structures import count_parameters
+from ecodiff.models.families import Call
+from ecodiff.models.pipelines import call_arguments, starting_noise
+from ecodiff.models.structures import count_parameters, denoiser_of
 
 CONFIGS = Path(__file__).parents[1] / "tests/configs"
 PROMPTS = 400  # 100 calibration prompts, four epochs

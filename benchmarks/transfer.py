@@ -19,13 +19,14 @@ import pandas as pd
 from diffusers import DiffusionPipeline
 
 from ecodiff.calibrate import Calibration, calibrate
-from ecodiff.config import Config, Variant, load_config
-from ecodiff.devices import choose_device
+from ecodiff.config.run import Config, load_config
+from ecodiff.config.variants import Variant
 from ecodiff.evaluate.mask_error import mask_error
-from ecodiff.loading import load_pipeline
 from ecodiff.mask import Mask, make_mask
+from ecodiff.models.loading import load_pipeline
 from ecodiff.prompts import read_prompts
 from ecodiff.report.tables import markdown
+from ecodiff.runtime.devices import choose_device
 from ecodiff.toys import world
 
 BATCH = 32

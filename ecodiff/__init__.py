@@ -15,15 +15,15 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from ecodiff import own_class
+from ecodiff.models import own_class
 
 _HOMES = {
     "Mask": "ecodiff.mask",
-    "Structure": "ecodiff.structures",
-    "discover": "ecodiff.structures",
+    "Structure": "ecodiff.models.structures",
+    "discover": "ecodiff.models.structures",
     "learn_mask": "ecodiff.mask",
-    "load": "ecodiff.saving",
-    "save": "ecodiff.saving",
+    "load": "ecodiff.models.saving",
+    "save": "ecodiff.models.saving",
     "score": "ecodiff.mask",
     "select": "ecodiff.mask",
     # diffusers looks for the base class beside the class of a component that it is given.
@@ -49,7 +49,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         value = getattr(import_module(_HOMES[name]), name)
     elif name.startswith("Pruned"):
-        value = getattr(import_module("ecodiff.pruned"), name)
+        value = getattr(import_module("ecodiff.models.pruned"), name)
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value

@@ -20,11 +20,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ecodiff.artifacts import atomic
-from ecodiff.errors import UserError
-from ecodiff.families import runs_per_step
-from ecodiff.pipelines import Call, denoise, denoiser_of, encode, fingerprint, starting_noise
-from ecodiff.structures import Structure, discover, modulation_linears
+from ecodiff.models.families import Call, runs_per_step
+from ecodiff.models.pipelines import denoise, encode, fingerprint, starting_noise
+from ecodiff.models.structures import Structure, denoiser_of, discover, modulation_linears
+from ecodiff.runtime.artifacts import atomic
+from ecodiff.runtime.errors import UserError
 
 
 @dataclass

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from ecodiff.artifacts import atomic
-from ecodiff.errors import UserError
-from ecodiff.pipelines import decode, denoise, encode, starting_noise
+from ecodiff.models.pipelines import decode, denoise, encode, starting_noise
+from ecodiff.runtime.artifacts import atomic
+from ecodiff.runtime.errors import UserError
 
 if TYPE_CHECKING:
     import pandas as pd

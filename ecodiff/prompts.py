@@ -13,9 +13,9 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from ecodiff.artifacts import atomic
-from ecodiff.errors import UserError
-from ecodiff.settings import PromptSet
+from ecodiff.config.sections import PromptSet
+from ecodiff.runtime.artifacts import atomic
+from ecodiff.runtime.errors import UserError
 from ecodiff.toys import world
 
 COLUMNS = ("index", "prompt", "seed", "image")

@@ -10,7 +10,7 @@ import pandas as pd
 from PIL import Image
 from safetensors.numpy import save_file
 
-from ecodiff.config import Variant
+from ecodiff.config.variants import Variant
 from ecodiff.report.results import Results
 from ecodiff.toys import world
 

@@ -5,9 +5,8 @@ import torch
 from tiny import CALLS, tiny
 
 from ecodiff.calibrate import Calibration, Grams, calibrate, gather_grams
-from ecodiff.errors import UserError
-from ecodiff.pipelines import denoiser_of
-from ecodiff.structures import discover
+from ecodiff.models.structures import denoiser_of, discover
+from ecodiff.runtime.errors import UserError
 
 PROMPTS = ["a red circle", "a blue square", "a green triangle"]
 SEEDS = [11, 12, 13]

@@ -8,11 +8,10 @@ from safetensors.torch import save
 from tiny import CALLS, tiny, tiny_flux, tiny_sdxl
 
 from ecodiff import prune
-from ecodiff.config import EfficiencySettings
+from ecodiff.config.sections import EfficiencySettings
 from ecodiff.evaluate import timing
 from ecodiff.evaluate.efficiency import efficiency
-from ecodiff.pipelines import denoiser_of
-from ecodiff.structures import discover
+from ecodiff.models.structures import denoiser_of, discover
 
 ONCE = EfficiencySettings(repeats=1, warmup=0)
 PROMPT = (["a small red ring on navy"], [7])

@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 from tiny import CALLS, tiny
 
-from ecodiff.config import MaskCostSettings
+from ecodiff.config.sections import MaskCostSettings
 from ecodiff.evaluate import timing
 from ecodiff.evaluate.mask_cost import mask_cost
-from ecodiff.pipelines import encode, starting_noise
+from ecodiff.models.pipelines import encode, starting_noise
 
 
 def cost_of(pipe, call, settings):

@@ -5,11 +5,11 @@ from tiny import CALLS, tiny
 
 from ecodiff import prune
 from ecodiff.calibrate import calibrate
-from ecodiff.errors import UserError
+from ecodiff.config.sections import MaskSettings
 from ecodiff.evaluate.mask_error import mask_error
 from ecodiff.mask import make_mask
-from ecodiff.pipelines import denoise
-from ecodiff.settings import MaskSettings
+from ecodiff.models.pipelines import denoise
+from ecodiff.runtime.errors import UserError
 
 PROMPTS = ["a red circle", "a blue square", "a small red ring"]
 

@@ -13,11 +13,11 @@ import torch
 from gallery import write_clip, write_shard
 from PIL import Image
 
-from ecodiff.config import EvaluateSettings
-from ecodiff.errors import UserError
+from ecodiff.config.sections import EvaluateSettings
 from ecodiff.evaluate import features, quality
 from ecodiff.evaluate.quality import Judge
 from ecodiff.evaluate.samples import Samples
+from ecodiff.runtime.errors import UserError
 from ecodiff.toys import world
 
 COUNT = 12

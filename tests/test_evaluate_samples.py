@@ -8,8 +8,8 @@ import torch
 from gallery import write_shard
 from PIL import Image
 
-from ecodiff.errors import UserError
 from ecodiff.evaluate.samples import Samples, read_image
+from ecodiff.runtime.errors import UserError
 
 
 def shard(folder: Path, index: list[int]) -> Path:

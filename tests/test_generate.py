@@ -10,8 +10,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny import CALLS, tiny, tiny_sdxl
 
-from ecodiff.errors import UserError
 from ecodiff.generate import generate
+from ecodiff.runtime.errors import UserError
 
 
 def prompts(first: int, count: int) -> pd.DataFrame:

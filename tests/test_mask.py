@@ -8,10 +8,10 @@ from tiny import CALLS, tiny
 
 from ecodiff import mask as masks
 from ecodiff.calibrate import calibrate
-from ecodiff.errors import UserError
+from ecodiff.config.sections import BLIND, LEARNED, MaskSettings, Method
 from ecodiff.mask import Mask, learn_mask, make_mask, score
-from ecodiff.settings import BLIND, LEARNED, MaskSettings, Method
-from ecodiff.structures import count_parameters, discover
+from ecodiff.models.structures import count_parameters, discover
+from ecodiff.runtime.errors import UserError
 
 QUICK = MaskSettings(iterations=1, batch=2)
 

@@ -17,15 +17,14 @@ from safetensors import safe_open
 from tiny import CALLS, tiny
 
 from ecodiff.calibrate import calibrate
-from ecodiff.errors import UserError
+from ecodiff.config.sections import LearningRates, MaskSettings
 from ecodiff.mask import learn
 from ecodiff.mask import learner as learner_module
 from ecodiff.mask.learn import COLUMNS, learn_mask
 from ecodiff.mask.objective import expected_sparsity
-from ecodiff.pipelines import denoiser_of
-from ecodiff.rollout import dense_steps
-from ecodiff.settings import LearningRates, MaskSettings
-from ecodiff.structures import discover
+from ecodiff.models.structures import denoiser_of, discover
+from ecodiff.runtime.errors import UserError
+from ecodiff.trajectory.rollout import dense_steps
 
 PROMPTS = [f"a {c} {s}" for c in ("red", "blue") for s in ("circle", "square")]
 QUICK = {"iterations": 2, "batch": 2, "noise_floor": 0.0}
@@ -103,7 +102,7 @@ def test_accumulation_is_a_mean_of_the_same_prompts(flux, monkeypatch):
         )
 
     def learn_gate(logits, u):
-        from ecodiff.gates import sample_gate
+        from ecodiff.trajectory.gates import sample_gate
 
         return sample_gate(logits, u, 0.0)
 

@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from ecodiff.gates import Gates, sample_gate
+from ecodiff.config.sections import MaskSettings
 from ecodiff.mask.learner import optimiser_of
 from ecodiff.mask.objective import Budget, Penalty, distortion, expected_sparsity
-from ecodiff.settings import MaskSettings
-from ecodiff.structures import Structure
+from ecodiff.models.structures import Structure
+from ecodiff.trajectory.gates import Gates, sample_gate
 
 HEADS = Structure("a.heads", "heads", 2, 4, (), (), unit_parameters=10)
 MODULATION = Structure("b.modulation", "modulation", 3, 1, (), (), unit_parameters=5)

@@ -10,11 +10,10 @@ from torch import nn
 from torch.nn import functional
 
 from ecodiff.calibrate import Grams, calibrate, gather_grams
-from ecodiff.denoising_loss import conditioned, objective
 from ecodiff.mask import make_mask, peers
-from ecodiff.pipelines import denoiser_of
+from ecodiff.models.structures import Port, Structure, denoiser_of, discover
 from ecodiff.prune.compensate import solve
-from ecodiff.structures import Port, Structure, discover
+from ecodiff.trajectory.denoising_loss import conditioned, objective
 
 PROMPTS = ["a red circle", "a blue square", "a small red ring"]
 

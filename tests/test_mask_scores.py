@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from ecodiff.mask import scores
-from ecodiff.structures import Port, Structure
+from ecodiff.models.structures import Port, Structure
 
 
 class Pair(nn.Module):

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from ecodiff.errors import UserError
 from ecodiff.mask.select import removed_share, select
-from ecodiff.structures import Structure
+from ecodiff.models.structures import Structure
+from ecodiff.runtime.errors import UserError
 
 HEADS = Structure("a.heads", "heads", 3, 4, (), (), unit_parameters=10)
 NEURONS = Structure("b.neurons", "neurons", 4, 1, (), (), unit_parameters=3)

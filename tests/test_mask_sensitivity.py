@@ -6,16 +6,15 @@ from test_mask_learn import CALL, PROMPTS, learner, recorded
 from tiny import tiny
 
 from ecodiff.calibrate import Calibration, calibrate
-from ecodiff.errors import UserError
-from ecodiff.gates import Gates
+from ecodiff.config.sections import MaskSettings
 from ecodiff.mask import make_mask
 from ecodiff.mask.learn import learn_mask
 from ecodiff.mask.objective import Budget, Penalty
 from ecodiff.mask.sensitivity import costs_of_share, first_logits, sensitivity
-from ecodiff.pipelines import denoiser_of
-from ecodiff.settings import MaskSettings
-from ecodiff.state import State
-from ecodiff.structures import Structure, count_parameters, discover
+from ecodiff.models.structures import Structure, count_parameters, denoiser_of, discover
+from ecodiff.runtime.errors import UserError
+from ecodiff.runtime.state import State
+from ecodiff.trajectory.gates import Gates
 
 
 def units(name, count, size, kind="neurons"):

@@ -6,9 +6,9 @@ import pytest
 from imports import loaded_by
 from PIL import Image
 
-from ecodiff.errors import UserError
+from ecodiff.config.sections import PromptSet
 from ecodiff.prompts import make_prompts, read_prompts, write_prompts
-from ecodiff.settings import PromptSet
+from ecodiff.runtime.errors import UserError
 from ecodiff.toys import checker, world
 
 

@@ -11,11 +11,11 @@ from tiny import calibrated, tiny
 
 import ecodiff
 from ecodiff.calibrate import gather_grams
-from ecodiff.errors import UserError
-from ecodiff.pipelines import denoise
+from ecodiff.config.sections import PruneSettings
+from ecodiff.models.pipelines import denoise
+from ecodiff.models.structures import denoiser_of, discover
 from ecodiff.prune.compensate import solve
-from ecodiff.settings import PruneSettings
-from ecodiff.structures import denoiser_of, discover
+from ecodiff.runtime.errors import UserError
 
 RIDGE = 1e-4
 

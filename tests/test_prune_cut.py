@@ -11,11 +11,11 @@ from tiny import CALLS, tiny
 from torch import nn
 
 import ecodiff
-from ecodiff.errors import UserError
-from ecodiff.gates import Gates
-from ecodiff.pipelines import denoise, encode, starting_noise
-from ecodiff.pruned import NoHeads, ScatterLinear
-from ecodiff.structures import count_parameters, denoiser_of, discover
+from ecodiff.models.pipelines import denoise, encode, starting_noise
+from ecodiff.models.pruned import NoHeads, ScatterLinear
+from ecodiff.models.structures import count_parameters, denoiser_of, discover
+from ecodiff.runtime.errors import UserError
+from ecodiff.trajectory.gates import Gates
 
 FAMILIES = ("sdxl", "flux")
 KINDS = (("sdxl", "heads"), ("sdxl", "neurons"), *(("flux", k) for k in ("heads", "neurons")))

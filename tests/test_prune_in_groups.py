@@ -9,11 +9,11 @@ from tiny import calibrated
 
 import ecodiff
 from ecodiff.calibrate import gather_grams
-from ecodiff.pipelines import denoise
+from ecodiff.config.sections import PruneSettings
+from ecodiff.models.pipelines import denoise
+from ecodiff.models.structures import denoiser_of, discover
 from ecodiff.prune.in_groups import _split
-from ecodiff.rollout import dense_steps
-from ecodiff.settings import PruneSettings
-from ecodiff.structures import denoiser_of, discover
+from ecodiff.trajectory.rollout import dense_steps
 
 RIDGE = 1e-2  # products are float32; a smaller ridge amplifies their rounding
 

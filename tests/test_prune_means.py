@@ -9,11 +9,11 @@ from tiny import CALLS, calibrated, tiny
 
 import ecodiff
 from ecodiff.calibrate import calibrate, gather_grams
-from ecodiff.gates import Gates
+from ecodiff.config.sections import MaskSettings
 from ecodiff.mask import Mask, make_mask
-from ecodiff.pipelines import denoise, denoiser_of
-from ecodiff.settings import MaskSettings
-from ecodiff.structures import discover
+from ecodiff.models.pipelines import denoise
+from ecodiff.models.structures import denoiser_of, discover
+from ecodiff.trajectory.gates import Gates
 
 
 def z0(pipe, calibration):

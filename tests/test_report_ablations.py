@@ -6,9 +6,9 @@ import pytest
 from matplotlib import pyplot as plt
 from safetensors.numpy import save_file
 
-from ecodiff.config import Config, load_config
-from ecodiff.errors import UserError
+from ecodiff.config.run import Config, load_config
 from ecodiff.report.ablations import ablation_table, draw, readable, write_ablations
+from ecodiff.runtime.errors import UserError
 
 CALL = {"num_inference_steps": 4, "height": 64, "width": 64}
 ERRORS = {

@@ -8,9 +8,9 @@ from matplotlib import pyplot as plt
 from synthetic import write_run
 from tiny import tiny
 
-from ecodiff.config import Variant
+from ecodiff.config.variants import Variant
+from ecodiff.models.structures import discover
 from ecodiff.report.analysis import analysis, common, overlaps, part_of, removed_of_parts
-from ecodiff.structures import discover
 
 
 @pytest.fixture(autouse=True)

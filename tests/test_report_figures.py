@@ -11,11 +11,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 from synthetic import write_run
 
-from ecodiff.errors import UserError
 from ecodiff.report.figures import FIGURES, draw
 from ecodiff.report.pictures import _depth, _short
 from ecodiff.report.results import Results
 from ecodiff.report.style import QUALITY, method
+from ecodiff.runtime.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,11 @@ import pytest
 from rich.console import Console
 from synthetic import PRUNED, write_run
 
-from ecodiff.config import EvaluateSettings
-from ecodiff.errors import UserError
+from ecodiff.config.sections import EvaluateSettings
 from ecodiff.report.results import Results
 from ecodiff.report.style import QUALITY, colour, label, method
 from ecodiff.report.tables import how_measured, main_table, print_table, write_tables
+from ecodiff.runtime.errors import UserError
 
 
 @pytest.fixture(scope="module")

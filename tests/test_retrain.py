@@ -8,12 +8,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from tiny import calibrated, tiny
 
 import ecodiff
-from ecodiff.errors import UserError
-from ecodiff.pipelines import denoise
-from ecodiff.pruned import Pruned
-from ecodiff.retrain import retrain
-from ecodiff.settings import RetrainSettings
-from ecodiff.structures import denoiser_of, discover
+from ecodiff.config.sections import RetrainSettings
+from ecodiff.models.pipelines import denoise
+from ecodiff.models.pruned import Pruned
+from ecodiff.models.structures import denoiser_of, discover
+from ecodiff.retrain.train import retrain
+from ecodiff.runtime.errors import UserError
 
 FAMILIES = ("sdxl", "flux")
 SETTINGS = {

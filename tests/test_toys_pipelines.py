@@ -8,8 +8,8 @@ import open_clip
 import pytest
 import torch
 
-from ecodiff.errors import UserError
-from ecodiff.state import State
+from ecodiff.runtime.errors import UserError
+from ecodiff.runtime.state import State
 from ecodiff.toys import clip, flux, sdxl, text, training, vae, world
 from ecodiff.toys.making import make
 from ecodiff.toys.training import Recipe

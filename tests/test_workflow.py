@@ -12,8 +12,8 @@ import pandas as pd
 import pytest
 import yaml
 
-from ecodiff.config import load_config
-from ecodiff.settings import BLIND, Method
+from ecodiff.config.run import load_config
+from ecodiff.config.sections import BLIND, Method
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent

@@ -11,11 +11,12 @@ from diffusers import DiffusionPipeline
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ecodiff.config import EfficiencySettings
+from ecodiff.config.sections import EfficiencySettings
 from ecodiff.evaluate import timing
 from ecodiff.evaluate.memory import MB, peak_memory, tensors_of
-from ecodiff.pipelines import Call, decode, denoise, denoiser_of, encode, starting_noise
-from ecodiff.structures import count_parameters
+from ecodiff.models.families import Call
+from ecodiff.models.pipelines import decode, denoise, encode, starting_noise
+from ecodiff.models.structures import count_parameters, denoiser_of
 
 
 def efficiency(

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from ecodiff.errors import UserError
+from ecodiff.runtime.errors import UserError
 
 Features = Callable[[np.ndarray], Tensor]
 """uint8 images (n, height, width, 3) to float32 features (n, d) on the CPU."""

@@ -11,13 +11,13 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from ecodiff.config import MaskCostSettings
+from ecodiff.config.sections import MaskCostSettings
 from ecodiff.evaluate import timing
 from ecodiff.evaluate.memory import peak_memory, tensors_of
-from ecodiff.gates import Gates
-from ecodiff.pipelines import Call, denoiser_of
-from ecodiff.rollout import frozen, rollout
-from ecodiff.structures import count_parameters, discover
+from ecodiff.models.families import Call
+from ecodiff.models.structures import count_parameters, denoiser_of, discover
+from ecodiff.trajectory.gates import Gates
+from ecodiff.trajectory.rollout import frozen, rollout
 
 COLUMNS = ["steps", "kept", "seconds", "floor_seconds", "peak_memory_mb"]
 

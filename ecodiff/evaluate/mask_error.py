@@ -8,10 +8,9 @@ import pandas as pd
 from diffusers import DiffusionPipeline
 
 from ecodiff.calibrate import Calibration
-from ecodiff.gates import Gates
 from ecodiff.mask import Mask
-from ecodiff.pipelines import denoiser_of
-from ecodiff.structures import discover
+from ecodiff.models.structures import denoiser_of, discover
+from ecodiff.trajectory.gates import Gates
 
 COLUMNS = ("mask", "sparsity", "latent_error", "median_error")
 

@@ -16,10 +16,10 @@ from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMe
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from ecodiff.config import EvaluateSettings
-from ecodiff.errors import UserError
+from ecodiff.config.sections import EvaluateSettings
 from ecodiff.evaluate.features import Clip, Features, Precomputed, inception
 from ecodiff.evaluate.samples import Samples, read_image
+from ecodiff.runtime.errors import UserError
 from ecodiff.toys import checker, world
 
 KID_SUBSET = 1000  # samples in each of KID's 100 subsets, or half of the set if that is fewer

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ecodiff.errors import UserError
+from ecodiff.runtime.errors import UserError
 
 
 class Samples:

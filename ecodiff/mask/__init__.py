@@ -16,15 +16,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ecodiff.artifacts import atomic
 from ecodiff.calibrate import Calibration, calibrate
-from ecodiff.errors import UserError
+from ecodiff.config.sections import MaskSettings
 from ecodiff.mask.methods import GATED, METHODS, Request, Scores, scored
 from ecodiff.mask.select import check_scores, removed_share, select
 from ecodiff.mask.sensitivity import closed_means
-from ecodiff.pipelines import denoiser_of
-from ecodiff.settings import MaskSettings
-from ecodiff.structures import Structure, count_parameters, discover
+from ecodiff.models.structures import Structure, count_parameters, denoiser_of, discover
+from ecodiff.runtime.artifacts import atomic
+from ecodiff.runtime.errors import UserError
 
 __all__ = ["METHODS", "Mask", "learn_mask", "make_mask", "score", "select"]
 

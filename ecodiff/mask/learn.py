@@ -22,13 +22,13 @@ from rich.progress import (
 )
 from torch import Tensor
 
-from ecodiff.artifacts import code_hash
 from ecodiff.calibrate import Calibration
-from ecodiff.errors import Stopped, UserError
+from ecodiff.config.sections import MaskSettings
 from ecodiff.mask.learner import Learner
-from ecodiff.rollout import frozen
-from ecodiff.settings import MaskSettings
-from ecodiff.state import State, Termination
+from ecodiff.runtime.artifacts import code_hash
+from ecodiff.runtime.errors import Stopped, UserError
+from ecodiff.runtime.state import State, Termination
+from ecodiff.trajectory.rollout import frozen
 
 COLUMNS = (
     "iteration",

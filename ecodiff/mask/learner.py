@@ -11,19 +11,24 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from ecodiff.activations import affordable_steps
 from ecodiff.calibrate import Calibration
-from ecodiff.errors import UserError
-from ecodiff.gates import Gates
+from ecodiff.config.sections import MaskSettings
 from ecodiff.mask.objective import Budget, Objective, Penalty, distortion, expected_sparsity
 from ecodiff.mask.select import select
 from ecodiff.mask.sensitivity import closed_means, costs_of_share, first_logits, sensitivity
-from ecodiff.pipelines import denoiser_of
-from ecodiff.rollout import DenseStep, dense_steps, frozen, rollout
-from ecodiff.settings import MaskSettings
-from ecodiff.state import State
-from ecodiff.structures import Structure, count_parameters, discover, maskable_share
-from ecodiff.workers import Workers
+from ecodiff.models.structures import (
+    Structure,
+    count_parameters,
+    denoiser_of,
+    discover,
+    maskable_share,
+)
+from ecodiff.runtime.errors import UserError
+from ecodiff.runtime.state import State
+from ecodiff.runtime.workers import Workers
+from ecodiff.trajectory.activations import affordable_steps
+from ecodiff.trajectory.gates import Gates
+from ecodiff.trajectory.rollout import DenseStep, dense_steps, frozen, rollout
 
 SETTLED = 0.01  # share of the units to remove whose exchange still counts as no change
 

@@ -12,12 +12,11 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from ecodiff.calibrate import Calibration, gather_grams
-from ecodiff.errors import UserError
+from ecodiff.config.sections import MaskSettings
 from ecodiff.mask import learn, peers, scores
 from ecodiff.mask.sensitivity import closed_means, costs_of_share, sensitivity
-from ecodiff.pipelines import denoiser_of
-from ecodiff.settings import MaskSettings
-from ecodiff.structures import count_parameters, discover
+from ecodiff.models.structures import count_parameters, denoiser_of, discover
+from ecodiff.runtime.errors import UserError
 
 PUBLISHED = {"first_logit": 3.0, "closed": "zero"}  # how the paper learns
 # Methods that score what closing a gate does; others score what lies behind it.

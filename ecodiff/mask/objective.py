@@ -13,8 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ecodiff.gates import STRETCH, TEMPERATURE, Gates
-from ecodiff.structures import Structure
+from ecodiff.models.structures import Structure
+from ecodiff.trajectory.gates import STRETCH, TEMPERATURE, Gates
 
 
 def distortion(z0: Tensor, dense: Tensor, variance: Tensor | float) -> Tensor:

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ecodiff.calibrate import Calibration, Grams
-from ecodiff.denoising_loss import conditioned, objective
 from ecodiff.mask.scores import ranks, sum_over_lines, sum_over_unit
-from ecodiff.pipelines import denoiser_of
-from ecodiff.structures import Port, Structure, discover
+from ecodiff.models.structures import Port, Structure, denoiser_of, discover
+from ecodiff.trajectory.denoising_loss import conditioned, objective
 
 # Diff-Pruning stops where a timestep's loss falls below this share of the largest.
 THRESHOLD = 0.05

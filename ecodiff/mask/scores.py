@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ecodiff.structures import Port, Structure
+from ecodiff.models.structures import Port, Structure
 
 
 @torch.no_grad()

@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ecodiff.errors import UserError
-from ecodiff.structures import Structure
+from ecodiff.models.structures import Structure
+from ecodiff.runtime.errors import UserError
 
 Scope = Literal["global", "structure"]
 

@@ -16,13 +16,12 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from ecodiff.calibrate import Calibration
-from ecodiff.errors import UserError
-from ecodiff.gates import Gates
-from ecodiff.pipelines import denoiser_of
-from ecodiff.rollout import frozen, rollout
-from ecodiff.settings import MaskSettings
-from ecodiff.structures import Structure, discover
-from ecodiff.workers import Workers
+from ecodiff.config.sections import MaskSettings
+from ecodiff.models.structures import Structure, denoiser_of, discover
+from ecodiff.runtime.errors import UserError
+from ecodiff.runtime.workers import Workers
+from ecodiff.trajectory.gates import Gates
+from ecodiff.trajectory.rollout import frozen, rollout
 
 FURTHEST = 8.0  # a logit this far from zero is open, or closed, in any case
 

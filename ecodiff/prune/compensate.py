@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ecodiff.errors import UserError
+from ecodiff.models.structures import Structure
 from ecodiff.prune.narrow import consumer_columns
-from ecodiff.structures import Structure
+from ecodiff.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from ecodiff.calibrate import Grams

@@ -10,14 +10,14 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from ecodiff.calibrate import Calibration, Grams
-from ecodiff.errors import UserError
+from ecodiff.config.sections import PruneSettings
+from ecodiff.models.pruned import Pruned, pruned_class
+from ecodiff.models.structures import Structure, denoiser_of, discover
 from ecodiff.prune.compensate import compensate
 from ecodiff.prune.in_groups import compensate_in_groups
 from ecodiff.prune.means import leave_means, of_modulation
 from ecodiff.prune.narrow import narrow
-from ecodiff.pruned import Pruned, pruned_class
-from ecodiff.settings import PruneSettings
-from ecodiff.structures import Structure, denoiser_of, discover
+from ecodiff.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from ecodiff.mask import Mask

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ecodiff.calibrate import Calibration, rows_of, watched
-from ecodiff.gates import Gates
+from ecodiff.models.structures import Structure, denoiser_of
 from ecodiff.prune.compensate import refit, write
 from ecodiff.prune.means import of_modulation
 from ecodiff.prune.narrow import consumer_columns
-from ecodiff.rollout import DenseStep, dense_steps
-from ecodiff.structures import Structure, denoiser_of
+from ecodiff.trajectory.gates import Gates
+from ecodiff.trajectory.rollout import DenseStep, dense_steps
 
 
 @torch.no_grad()

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from ecodiff.models.structures import Structure, modulation_linears
 from ecodiff.prune.narrow import consumer_columns
-from ecodiff.structures import Structure, modulation_linears
 
 
 def of_modulation(

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ecodiff.pruned import ScatterLinear, set_heads, take
-from ecodiff.structures import Structure
+from ecodiff.models.pruned import ScatterLinear, set_heads, take
+from ecodiff.models.structures import Structure
 
 
 def narrow(
@@ -29,7 +29,7 @@ def narrow(
             Structures not named stay whole.
 
     Returns:
-        What `pruned` in the config says of the result, see `ecodiff.pruned`.
+        What `pruned` in the config says of the result, see `ecodiff.models.pruned`.
     """
     structures = [s for s in structures if s.name in kept]
     scattered, heads = [], {}

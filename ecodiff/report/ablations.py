@@ -9,15 +9,15 @@ import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from ecodiff.ablations import DEFAULT, Ablation
-from ecodiff.artifacts import write_text
-from ecodiff.config import Config
-from ecodiff.errors import UserError
+from ecodiff.config.ablations import DEFAULT, Ablation
+from ecodiff.config.run import Config
 from ecodiff.report.analysis import common
 from ecodiff.report.figures import decades, save
 from ecodiff.report.results import read_csv, read_mask
 from ecodiff.report.style import Quantity
 from ecodiff.report.tables import markdown
+from ecodiff.runtime.artifacts import write_text
+from ecodiff.runtime.errors import UserError
 
 # The columns of errors: how they are headed, and how a value is shown.
 ERRORS = {

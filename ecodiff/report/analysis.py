@@ -12,7 +12,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ecodiff.config import Variant
+from ecodiff.config.variants import Variant
 from ecodiff.report.results import Results
 from ecodiff.report.style import REMOVED, look, method
 

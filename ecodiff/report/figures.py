@@ -17,12 +17,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-from ecodiff.artifacts import atomic
-from ecodiff.config import Variant
-from ecodiff.errors import UserError
+from ecodiff.config.variants import Variant
 from ecodiff.report import analysis, pictures
 from ecodiff.report.results import Results
 from ecodiff.report.style import COST, QUALITY, REMOVED, colour, label, look, method
+from ecodiff.runtime.artifacts import atomic
+from ecodiff.runtime.errors import UserError
 
 plt.rcParams.update(
     {

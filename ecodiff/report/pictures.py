@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from ecodiff.config import Variant
+from ecodiff.config.variants import Variant
 from ecodiff.report.results import Results
 from ecodiff.report.style import colour, label, method
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from ecodiff.artifacts import write_text
 from ecodiff.report.style import QUALITY, Quantity
 from ecodiff.report.tables import markdown
+from ecodiff.runtime.artifacts import write_text
 
 BY = "latent_error"
 # What the overview shows, sparsities side by side; the rest is in the tables of each sparsity.

@@ -13,8 +13,8 @@ import pandas as pd
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
-from ecodiff.config import Variant
-from ecodiff.errors import UserError
+from ecodiff.config.variants import Variant
+from ecodiff.runtime.errors import UserError
 
 SIDE = 256  # pixels; more than a cell of the picture grid shows
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from ecodiff.config import Variant
+from ecodiff.config.variants import Variant
 
 # Okabe and Ito's palette first, which people with any kind of colour vision can tell apart; the
 # second of a pair is the same method with compensation.

@@ -10,11 +10,11 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from ecodiff.artifacts import write_text
-from ecodiff.config import EvaluateSettings
-from ecodiff.errors import UserError
+from ecodiff.config.sections import EvaluateSettings
 from ecodiff.report.results import Results
 from ecodiff.report.style import COST, EXACT, QUALITY, TARGET, Quantity, method
+from ecodiff.runtime.artifacts import write_text
+from ecodiff.runtime.errors import UserError
 
 SIZE, WORK = COST[:3], COST[3:]
 COLUMNS = (TARGET, EXACT, *SIZE, *QUALITY, *WORK)

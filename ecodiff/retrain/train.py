@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ecodiff.calibrate import Calibration
-from ecodiff.denoising_loss import conditioned, objective
-from ecodiff.errors import UserError
-from ecodiff.saving import dense_structures
-from ecodiff.settings import RetrainSettings
-from ecodiff.structures import denoiser_of
+from ecodiff.config.sections import RetrainSettings
+from ecodiff.models.saving import dense_structures
+from ecodiff.models.structures import denoiser_of
+from ecodiff.runtime.errors import UserError
+from ecodiff.trajectory.denoising_loss import conditioned, objective
 
 
 def retrain(

@@ -7,7 +7,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from ecodiff.loading import load_pipeline
+from ecodiff.models.loading import load_pipeline
 from ecodiff.toys import checker
 from ecodiff.toys.making import CALLS, draw, held_out
 

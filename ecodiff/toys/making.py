@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 
-from ecodiff.errors import UserError
-from ecodiff.pipelines import decode, denoise, encode, starting_noise
+from ecodiff.models.pipelines import decode, denoise, encode, starting_noise
+from ecodiff.runtime.errors import UserError
 from ecodiff.toys import TOYS, checker, clip, flux, sdxl, vae, world
 from ecodiff.toys.training import Recipe, to_tensor
 

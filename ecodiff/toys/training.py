@@ -14,7 +14,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from ecodiff.state import State
+from ecodiff.runtime.state import State
 from ecodiff.toys import world
 
 SAVE_EVERY = 300.0  # seconds between two writes of an unfinished training's state

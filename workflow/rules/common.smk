@@ -5,10 +5,11 @@ from pathlib import Path
 
 import yaml
 
-from ecodiff.artifacts import code_hash, write_text
-from ecodiff.config import Variant, load_config
-from ecodiff.errors import UserError
-from ecodiff.settings import BLIND, LEARNED
+from ecodiff.runtime.artifacts import code_hash, write_text
+from ecodiff.config.run import load_config
+from ecodiff.config.variants import Variant
+from ecodiff.runtime.errors import UserError
+from ecodiff.config.sections import BLIND, LEARNED
 from ecodiff.toys import TOYS
 
 try:

@@ -1,0 +1,261 @@
+"""What differs between the families of pipelines: one table, and what follows from a row of it.
+
+The rest is the pipelines' own: `encode_prompt` and `__call__` are given what the call's settings
+and its defaults say, and the VAE's config says how latents are normalised.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
+
+from ecodiff.models.structures import denoiser_of
+from ecodiff.runtime.errors import UserError
+
+Call = dict[str, Any]
+
+
+def _trimmed(name: str, texts: Tensor, mask: Tensor) -> dict[str, Any]:
+    """As long as the longest text of the batch, which is what the pipeline itself would pad to."""
+    longest = int(mask.sum(1).max())
+    return {name: texts[:, :longest], f"{name}_mask": mask[:, :longest]}
+
+
+def _listed(name: str, texts: Tensor, mask: Tensor) -> dict[str, Any]:
+    """A list of texts, each of its own length."""
+    return {name: [text[valid] for text, valid in zip(texts, mask, strict=True)]}
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a pipeline class is called.
+
+    Attributes:
+        embeds: what `encode_prompt` returns, by the names that the call has for it.
+        guidance: the argument of the call that sets the scale of classifier-free guidance.
+        threshold: guidance is on above this scale.
+        negative: the prompt of the unconditional branch; None: `encode_prompt` sees to it.
+        takes_turns: the branches of guidance are two runs of the denoiser, not one of both.
+        cell: latent pixels along a side of a token.
+        is_packed: latents are sequences of such tokens.
+        is_video: latents have a dimension of frames.
+        keeps_float32: latents are float32 whatever the denoiser's dtype.
+        upcasts: the VAE decodes in float32 when its config says that it must.
+        texts: lays padded texts (n, length, C) and their mask (n, length) out for the call, where
+            the pipeline doesn't pad to a fixed length by itself.
+        fixed: arguments of the call that never change.
+    """
+
+    embeds: tuple[str, ...] = ("prompt_embeds", "negative_prompt_embeds")
+    guidance: str = "guidance_scale"
+    threshold: float = 1.0
+    negative: str | None = None
+    takes_turns: bool = False
+    cell: int = 1
+    is_packed: bool = False
+    is_video: bool = False
+    keeps_float32: bool = False
+    upcasts: bool = False
+    texts: Callable[[str, Tensor, Tensor], dict[str, Any]] | None = None
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+
+
+_POOLED = ("pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+_MASKED = ("prompt_embeds", "prompt_attention_mask")
+_MASKED += tuple(f"negative_{name}" for name in _MASKED)
+# Sizes mean what they say, and an empty negative prompt must not meet its own embeddings.
+_UNBINNED = {"use_resolution_binning": False, "negative_prompt": None}
+
+FAMILIES = {
+    "StableDiffusionPipeline": Family(),
+    "StableDiffusionXLPipeline": Family((*Family.embeds, *_POOLED), upcasts=True),
+    "StableDiffusion3Pipeline": Family((*Family.embeds, *_POOLED), cell=2),
+    "FluxPipeline": Family(
+        ("prompt_embeds", "pooled_prompt_embeds"),
+        guidance="true_cfg_scale",
+        negative="",
+        takes_turns=True,
+        cell=2,
+        is_packed=True,
+    ),
+    "PixArtSigmaPipeline": Family(_MASKED, cell=2, fixed=_UNBINNED),
+    "QwenImagePipeline": Family(
+        ("prompt_embeds", "prompt_embeds_mask"),
+        guidance="true_cfg_scale",
+        negative=" ",
+        takes_turns=True,
+        cell=2,
+        is_packed=True,
+        texts=_trimmed,
+    ),
+    "ZImagePipeline": Family(threshold=0.0, cell=2, keeps_float32=True, texts=_listed),
+    "SanaPipeline": Family(_MASKED, keeps_float32=True, fixed=_UNBINNED),
+    "WanPipeline": Family(takes_turns=True, cell=2, is_video=True, keeps_float32=True),
+}
+
+
+def family_of(pipe: DiffusionPipeline) -> Family:
+    """Look up a pipeline, subclasses included.
+
+    Raises:
+        UserError: its class is not supported, or it has two denoisers (Wan 2.2's larger models).
+    """
+    name = next((c.__name__ for c in type(pipe).__mro__ if c.__name__ in FAMILIES), None)
+    if name is None:
+        allowed = ", ".join(FAMILIES)
+        raise UserError(f"{type(pipe).__name__}: not a supported pipeline; supported are {allowed}")
+    if getattr(pipe, "transformer_2", None) is not None:
+        raise UserError(f"{name}: has two denoisers; only models with one are supported")
+    return FAMILIES[name]
+
+
+def embeddings(pipe: DiffusionPipeline, prompts: Sequence[str], call: Call) -> dict[str, Tensor]:
+    """Encode prompts as keyword arguments of the call; see `pipelines.encode`."""
+    family = family_of(pipe)
+    found = _encoded(pipe, prompts, call)
+    if family.negative is not None and is_guided(pipe, call):
+        negative = _encoded(pipe, [family.negative] * len(prompts), call)
+        found |= {f"negative_{name}": value for name, value in negative.items()}
+    if family.texts is None:
+        return found
+    length = argument(pipe, call, "max_sequence_length")
+    padded: dict[str, Tensor] = {}
+    for name in _texts(found):
+        padded |= _padded(name, found[name], found.get(f"{name}_mask"), length)
+    return padded
+
+
+def arguments(pipe: DiffusionPipeline, embeds: Mapping[str, Tensor], call: Call) -> dict[str, Any]:
+    """The keyword arguments of the pipeline's call that say what is drawn, and how.
+
+    Raises:
+        UserError: a key of `call` is unknown to this pipeline.
+    """
+    family = family_of(pipe)
+    given = {key: value for key, value in call.items() if value is not None}
+    for key in given.keys() - _defaults(pipe).keys():
+        raise UserError(f"call: {key} is not a setting of {type(pipe).__name__}")
+    laid_out = dict(embeds)
+    if family.texts is not None:
+        laid_out = {}
+        for name in _texts(embeds):
+            laid_out |= family.texts(name, embeds[name], embeds[f"{name}_mask"])
+    return {**family.fixed, **given, **laid_out}
+
+
+def unguided(pipe: DiffusionPipeline, call: Call) -> Call:
+    """The same call without classifier-free guidance."""
+    family = family_of(pipe)
+    return {**call, family.guidance: family.threshold}
+
+
+def is_guided(pipe: DiffusionPipeline, call: Call) -> bool:
+    """Whether classifier-free guidance is on, by the pipeline's own rule."""
+    family = family_of(pipe)
+    # Distilled U-Nets take the scale as an input instead.
+    is_distilled = denoiser_of(pipe).config.get("time_cond_proj_dim") is not None
+    return argument(pipe, call, family.guidance) > family.threshold and not is_distilled
+
+
+def runs_per_step(pipe: DiffusionPipeline, embeds: Mapping[str, Tensor]) -> int:
+    """How often a denoising step runs the denoiser."""
+    return 1 + (family_of(pipe).takes_turns and "negative_prompt_embeds" in embeds)
+
+
+def size(pipe: DiffusionPipeline, call: Call) -> tuple[int, int]:
+    """Height and width of the picture, by default the pipeline's own.
+
+    Raises:
+        UserError: neither is known, or one is not a multiple of what a token covers.
+    """
+    family = family_of(pipe)
+    factor = _spatial_factor(pipe)
+    sample = getattr(pipe, "default_sample_size", denoiser_of(pipe).config.get("sample_size"))
+    default = sample * factor if isinstance(sample, int) else None
+    sides = {name: argument(pipe, call, name) or default for name in ("height", "width")}
+    for name, side in sides.items():
+        if side is None or side % (factor * family.cell):
+            raise UserError(f"call: {name} is {side}, must be a multiple of {factor * family.cell}")
+    return sides["height"], sides["width"]
+
+
+def latent_shape(pipe: DiffusionPipeline, call: Call) -> tuple[int, ...]:
+    """The shape of a prompt's latents before they are packed: (C, [frames,] h, w).
+
+    Raises:
+        UserError: sizes or the number of frames don't divide into latents.
+    """
+    family, factor = family_of(pipe), _spatial_factor(pipe)
+    height, width = (side // factor for side in size(pipe, call))
+    channels = denoiser_of(pipe).config.in_channels
+    if not family.is_video:
+        return channels // (family.cell**2 if family.is_packed else 1), height, width
+    frames, step = argument(pipe, call, "num_frames"), pipe.vae_scale_factor_temporal
+    if (frames - 1) % step:
+        raise UserError(f"call: num_frames is {frames}, must be 1 or 1 plus a multiple of {step}")
+    return channels, (frames - 1) // step + 1, height, width
+
+
+def denormalised(vae: nn.Module, latents: Tensor) -> Tensor:
+    """Undo what normalised the latents (n, C, ...), by the VAE's config."""
+    config = vae.config
+    scale = config.get("scaling_factor") or 1.0
+    mean, deviation = config.get("latents_mean"), config.get("latents_std")
+    if mean is None or deviation is None:
+        return latents / scale + (config.get("shift_factor") or 0.0)
+    mean, deviation = (
+        torch.tensor(values).view(1, -1, *[1] * (latents.ndim - 2)).to(latents)
+        for values in (mean, deviation)
+    )
+    return latents * deviation / scale + mean
+
+
+def argument(pipe: DiffusionPipeline, call: Call, name: str) -> Any:
+    """An argument of the pipeline's call, by default its own default."""
+    value = call.get(name)
+    return _defaults(pipe)[name] if value is None else value
+
+
+def _defaults(pipe: DiffusionPipeline) -> dict[str, Any]:
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    return {name: parameter.default for name, parameter in parameters.items()}
+
+
+def _encoded(pipe: DiffusionPipeline, prompts: Sequence[str], call: Call) -> dict[str, Any]:
+    """Call `encode_prompt` as the pipeline's call does, and name what it returns."""
+    wanted, defaults = inspect.signature(pipe.encode_prompt).parameters, _defaults(pipe)
+    given = {name: argument(pipe, call, name) for name in wanted if name in defaults}
+    given["prompt"] = list(prompts)  # Z-Image writes into the list
+    given["device"] = pipe._execution_device
+    if "do_classifier_free_guidance" in wanted:
+        given["do_classifier_free_guidance"] = is_guided(pipe, call)
+    values = zip(family_of(pipe).embeds, pipe.encode_prompt(**given), strict=False)
+    # Without guidance, the place of the negative ones is empty.
+    return {name: value for name, value in values if value is not None and len(value)}
+
+
+def _texts(embeds: Mapping[str, Any]) -> list[str]:
+    return [name for name in embeds if name.endswith("prompt_embeds")]
+
+
+def _padded(
+    name: str, texts: Sequence[Tensor], mask: Tensor | None, length: int
+) -> dict[str, Tensor]:
+    """Pad n texts (tokens, C), which may be padded to less already, to (n, length, C) and mask."""
+    padded = pad_sequence(list(texts), batch_first=True)
+    padded = functional.pad(padded, (0, 0, 0, length - padded.shape[1]))
+    sizes = [len(text) for text in texts] if mask is None else mask.sum(1).tolist()
+    tokens = torch.arange(length, device=padded.device)
+    return {name: padded, f"{name}_mask": torch.stack([tokens < size for size in sizes])}
+
+
+def _spatial_factor(pipe: DiffusionPipeline) -> int:
+    return pipe.vae_scale_factor_spatial if family_of(pipe).is_video else pipe.vae_scale_factor

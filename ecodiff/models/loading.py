@@ -1,0 +1,129 @@
+"""Loads pipelines from wherever they lie, and says what to do when they don't load."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError
+from transformers.utils import logging as transformers_logging
+
+from ecodiff.models import saving
+from ecodiff.runtime.errors import UserError, first_line
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_pipeline(
+    source: str | Path,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    device_map: str | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+    config: str | None = None,
+    encoders: bool = True,
+) -> DiffusionPipeline:
+    """Load a pipeline from a hub id, a folder (of a pruned model too), or a single file.
+
+    Only safetensors weights are read. `HF_HUB_OFFLINE` is honoured.
+
+    Args:
+        source: hub id (owner/name), folder, or a .safetensors file with all weights.
+        dtype: one of `DTYPES`, what weights are cast to.
+        device: where the pipeline goes; not used with a device map.
+        device_map: how components are spread over GPUs, such as "balanced".
+        revision: commit, tag or branch on the hub.
+        variant: file variant, such as fp16.
+        config: single file: hub id or folder of the pipeline that the weights belong to.
+        encoders: false leaves text encoders and tokenizers out: prompts were encoded before.
+
+    Raises:
+        UserError: an unknown `dtype`, or the source is missing, gated, truncated, holds pickles
+            only, or can't be reached; the line says what helps.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
+    # Bars are for people; a job's log wants lines, and ours has its own.
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    path = Path(source)
+    options: dict[str, Any] = {"dtype": DTYPES[dtype], "use_safetensors": True}
+    named = {"revision": revision, "variant": variant, "device_map": device_map}
+    options |= {key: value for key, value in named.items() if value is not None}
+    if path.is_file():
+        pipe = _single_file(path, config, options["dtype"])
+    elif path.is_dir() and variant is None and device_map is None:
+        pipe = saving.load(path, dtype=options["dtype"], encoders=encoders)
+    elif path.is_dir() or (not path.exists() and len(path.parts) == 2):
+        absent = {} if encoders else saving.text_parts(_index(source, revision))
+        read = DiffusionPipeline.from_pretrained
+        pipe = _explained(source, lambda: read(source, **options, **absent))
+    else:
+        raise UserError(f"source: {source} is neither a hub id (owner/name), a folder nor a file")
+    return pipe if device_map else pipe.to(device)
+
+
+def _single_file(path: Path, config: str | None, dtype: torch.dtype) -> DiffusionPipeline:
+    if path.suffix != ".safetensors":
+        raise UserError(f"source: {path}: pickles are never read; expected a .safetensors file")
+    if config is None:
+        raise UserError(
+            f"source: {path} is a single file: set `config` to the hub id or folder of its pipeline"
+        )
+    pipeline = getattr(diffusers, _index(config)["_class_name"])
+    read = pipeline.from_single_file
+    return _explained(str(path), lambda: read(str(path), config=config, torch_dtype=dtype))
+
+
+def _index(source: str | Path, revision: str | None = None) -> dict[str, Any]:
+    """The pipeline's model_index.json."""
+    wanted = {} if revision is None else {"revision": revision}
+    return _explained(source, lambda: DiffusionPipeline.load_config(source, **wanted))
+
+
+def _explained(source: str | Path, read: Callable[[], Any]) -> Any:
+    """Run `read`; what it raises becomes one line that says what helps."""
+    try:
+        return read()
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"source: {source} {_what_helps(source, error)}") from error
+
+
+def _what_helps(source: str | Path, error: BaseException) -> str:
+    causes = list(_causes(error))
+
+    def is_due_to(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(cause, kinds) for cause in causes)
+
+    if is_due_to(GatedRepoError):
+        return (
+            f"is gated: accept its terms at https://huggingface.co/{source}, then run"
+            " `hf auth login`"
+        )
+    if is_due_to(RevisionNotFoundError):
+        return "has no such revision: see the branches, tags and commits on its page"
+    if is_due_to(RepositoryNotFoundError):
+        return "is not on the hub, or private: check the name, or run `hf auth login`"
+    if is_due_to(OfflineModeIsEnabled, LocalEntryNotFoundError, ConnectionError):
+        return f"is not in the cache and the hub is not reached: run `hf download {source}` online"
+    return f"does not load: {first_line(error)}"
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

@@ -1,0 +1,322 @@
+"""What can be removed from a denoiser: sets of equal units, and where they meet its linears.
+
+The only file that knows architectures. It reads them off the linears (their names, sizes and
+wiring), never off class names, and refuses a denoiser that it understands only in part. Sana's
+feed-forward is made of convolutions, whose channels are rows and columns all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ecodiff.runtime.errors import UserError
+
+Kind = Literal["heads", "neurons", "modulation"]
+
+_PROJECTIONS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
+
+
+@dataclass(frozen=True)
+class Port:
+    """Where a structure meets one linear.
+
+    Attributes:
+        module: dotted name of the `nn.Linear` (or `nn.Conv2d`) in the denoiser.
+        offsets: unit `u` owns rows (producer) or columns (consumer)
+            `[o + u * width, o + (u + 1) * width)` for each offset `o`; GEGLU has `(0, inner)`.
+    """
+
+    module: str
+    offsets: tuple[int, ...] = (0,)
+
+
+@dataclass(frozen=True)
+class Structure:
+    """A set of equal units that can be gated and cut out (EcoDiff, "structural pruning").
+
+    Attributes:
+        name: `<owning module>.<kind>`; unique and stable.
+        kind: `heads`, `neurons` or `modulation`.
+        units: how many there are.
+        width: rows or columns a unit (the head dimension, or 1).
+        producers: linears that lose rows of their weight, and of their bias unless modulation.
+        consumers: linears that lose input columns; empty for modulation.
+        unit_parameters: parameters that go with one unit, biases included but for modulation's.
+    """
+
+    name: str
+    kind: Kind
+    units: int
+    width: int
+    producers: tuple[Port, ...]
+    consumers: tuple[Port, ...]
+    unit_parameters: int
+
+    def columns(self, port: Port, units: Tensor) -> Tensor:
+        """Rows or columns of `port` that the given units own.
+
+        Args:
+            port: one of this structure's ports.
+            units: int64 (k,), unit indices.
+
+        Returns:
+            int64 (offsets * k * width,), on the device of `units`; grouped by offset and, inside a
+            group, in the order of `units`, so a linear indexed by it keeps its packed layout.
+        """
+        within = torch.arange(self.width, device=units.device)
+        block = (units[:, None] * self.width + within).flatten()
+        return torch.cat([block + offset for offset in port.offsets])
+
+
+def denoiser_of(model: Any) -> nn.Module:
+    """Return the U-Net or transformer of a pipeline, or `model` itself when it is a module.
+
+    Raises:
+        UserError: the pipeline has neither.
+    """
+    if isinstance(model, nn.Module):
+        return model
+    denoiser = getattr(model, "unet", None) or getattr(model, "transformer", None)
+    if denoiser is None:
+        raise UserError(f"{type(model).__name__} has no denoiser: expected a unet or a transformer")
+    return denoiser
+
+
+def discover(model: Any) -> list[Structure]:
+    """Find all structures of a denoiser, in the order of its `named_modules`.
+
+    Args:
+        model: a diffusers pipeline or its denoiser; any device, `meta` included.
+
+    Raises:
+        UserError: nothing, or only a part, of the denoiser's transformer blocks is understood; the
+            modules are named. A part would make "sparsity" mean something else for each model.
+    """
+    denoiser = denoiser_of(model)
+    structures = [s for name, m in denoiser.named_modules() for s in _structures(name, m, denoiser)]
+    unfit = _unfit(denoiser, structures)
+    if unfit or not structures:
+        names = unfit or [name for name, m in denoiser.named_modules() if isinstance(m, nn.Linear)]
+        listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        raise UserError(
+            f"{type(denoiser).__name__} is not supported; not understood: {listed or 'no linears'}"
+            " (see docs/families.md; adapters must be merged, weights not quantised)"
+        )
+    return structures
+
+
+def modulation_linears(structures: Iterable[Structure]) -> set[str]:
+    """The linears of structures without consumers, whose units are what they write."""
+    return {port.module for s in structures if not s.consumers for port in s.producers}
+
+
+def count_parameters(denoiser: nn.Module) -> int:
+    """Count the parameters of a module (shared ones once, buffers not)."""
+    return sum(parameter.numel() for parameter in denoiser.parameters())
+
+
+def maskable_share(structures: Iterable[Structure], total: int) -> float:
+    """Share of `total` parameters that goes when every unit of `structures` goes, in 0..1."""
+    return sum(s.units * s.unit_parameters for s in structures) / total
+
+
+def _structures(name: str, module: nn.Module, denoiser: nn.Module) -> Iterator[Structure]:
+    """Yield the structures that `module` owns: none, or one."""
+    for recognise in _RECOGNISERS:
+        structure = recognise(name, module, denoiser)
+        if structure is not None:
+            yield structure
+
+
+def _heads(name: str, attention: nn.Module, denoiser: nn.Module) -> Structure | None:
+    """Attention, self, cross or joint; in a parallel block its consumer is the block's proj_out."""
+    heads = getattr(attention, "heads", 0)
+    present = [n for n in _PROJECTIONS if _linear(attention, n) is not None]
+    inner = {_linear(attention, n).out_features for n in present}
+    if not {"to_q", "to_k", "to_v"} <= set(present) or heads < 1 or len(inner) != 1:
+        return None
+    inner_dim = inner.pop()
+    width = inner_dim // heads
+    if inner_dim % heads or not _norms_are_per_head(attention, width):
+        return None
+    parent, _, _ = name.rpartition(".")
+    if _is_parallel(denoiser.get_submodule(parent)):
+        consumers = [Port(f"{parent}.proj_out")]
+    else:
+        outputs = [n for n in ("to_out.0", "to_add_out") if _linear(attention, n) is not None]
+        if not outputs or any(_linear(attention, n).in_features != inner_dim for n in outputs):
+            return None
+        consumers = [Port(f"{name}.{n}") for n in outputs]
+    producers = [Port(f"{name}.{n}") for n in present]
+    return _structure(name, "heads", heads, width, producers, consumers, denoiser)
+
+
+def _feed_forward(name: str, module: nn.Module, denoiser: nn.Module) -> Structure | None:
+    """FFN `net = [activation(proj), dropout, linear]`; a gated activation's proj is two halves."""
+    first, second = _linear(module, "net.0.proj"), _linear(module, "net.2")
+    if first is None or second is None or second.in_features < 1:
+        return None
+    inner = second.in_features
+    halves, rest = divmod(first.out_features, inner)
+    if rest or halves not in (1, 2):
+        return None
+    producers = [Port(f"{name}.net.0.proj", tuple(i * inner for i in range(halves)))]
+    return _structure(name, "neurons", inner, 1, producers, [Port(f"{name}.net.2")], denoiser)
+
+
+def _gated_feed_forward(name: str, module: nn.Module, denoiser: nn.Module) -> Structure | None:
+    """FFN `w2(silu(w1 x) * w3 x)`, as of Llama and Z-Image."""
+    first, second, third = (_linear(module, n) for n in ("w1", "w2", "w3"))
+    if first is None or second is None or third is None:
+        return None
+    inner = second.in_features
+    if not first.out_features == third.out_features == inner:
+        return None
+    producers = [Port(f"{name}.w1"), Port(f"{name}.w3")]
+    return _structure(name, "neurons", inner, 1, producers, [Port(f"{name}.w2")], denoiser)
+
+
+def _conv_feed_forward(name: str, module: nn.Module, denoiser: nn.Module) -> Structure | None:
+    """FFN of convolutions, as of Sana: value and gate, filtered channel by channel."""
+    parts = [module._modules.get(n) for n in ("conv_inverted", "conv_depth", "conv_point")]
+    if not all(isinstance(part, nn.Conv2d) for part in parts):
+        return None
+    first, depth, second = parts
+    inner = second.in_channels
+    kernel = second.kernel_size
+    if kernel != (1, 1) or not first.out_channels == depth.groups == 2 * inner:
+        return None
+    producers = [Port(f"{name}.{n}", (0, inner)) for n in ("conv_inverted", "conv_depth")]
+    consumers = [Port(f"{name}.conv_point")]
+    return _structure(name, "neurons", inner, 1, producers, consumers, denoiser)
+
+
+def _parallel_neurons(name: str, block: nn.Module, denoiser: nn.Module) -> Structure | None:
+    """MLP of a parallel block: its columns come after the heads' in the packed `proj_out`."""
+    if not _is_parallel(block):
+        return None
+    inner = block.proj_mlp.out_features
+    consumers = [Port(f"{name}.proj_out", (block.proj_out.in_features - inner,))]
+    producers = [Port(f"{name}.proj_mlp")]
+    return _structure(name, "neurons", inner, 1, producers, consumers, denoiser)
+
+
+def _modulation(name: str, module: nn.Module, denoiser: nn.Module) -> Structure | None:
+    """Adaptive norm: a linear that turns the conditioning into scales, shifts and gates.
+
+    It stands beside a norm or a SiLU as `linear`, or ends a Sequential that is called a modulation.
+    """
+    linear, path = _linear(module, "linear"), f"{name}.linear"
+    beside = any(isinstance(getattr(module, n, None), nn.Module) for n in ("norm", "silu"))
+    if isinstance(module, nn.Sequential) and "mod" in name.rpartition(".")[2].lower():
+        last = str(len(module) - 1)
+        linear, path, beside = _linear(module, last), f"{name}.{last}", True
+    if linear is None or not beside:
+        return None
+    return _structure(name, "modulation", linear.out_features, 1, [Port(path)], [], denoiser)
+
+
+_RECOGNISERS = (
+    _heads,
+    _feed_forward,
+    _gated_feed_forward,
+    _conv_feed_forward,
+    _parallel_neurons,
+    _modulation,
+)
+
+
+def _structure(
+    owner: str,
+    kind: Kind,
+    units: int,
+    width: int,
+    producers: list[Port],
+    consumers: list[Port],
+    denoiser: nn.Module,
+) -> Structure:
+    parameters = 0
+    for port in producers:
+        linear = denoiser.get_submodule(port.module)
+        # A modulation channel's bias stays: it gives what the channel gave on average.
+        row = linear.weight[0].numel() + (linear.bias is not None and kind != "modulation")
+        parameters += len(port.offsets) * width * row
+    for port in consumers:
+        linear = denoiser.get_submodule(port.module)
+        parameters += len(port.offsets) * width * linear.weight[:, 0].numel()  # the bias stays
+    name = f"{owner}.{kind}"
+    return Structure(name, kind, units, width, tuple(producers), tuple(consumers), parameters)
+
+
+def _linear(module: nn.Module, path: str) -> nn.Linear | None:
+    for part in path.split("."):
+        module = module._modules.get(part) if module is not None else None
+    return module if isinstance(module, nn.Linear) and _is_plain(module) else None
+
+
+def _is_plain(linear: nn.Linear) -> bool:
+    """Whether rows and columns can be taken: quantisers pack weights, or wrap them in a type."""
+    weight = linear.weight
+    if type(weight) is not nn.Parameter or type(weight.data) is not Tensor:
+        return False
+    shape = (linear.out_features, linear.in_features)
+    return weight.is_floating_point() and tuple(weight.shape) == shape
+
+
+def _is_parallel(block: nn.Module) -> bool:
+    """Whether attention and MLP run side by side into one packed `proj_out` = [heads | mlp]."""
+    mlp, out = _linear(block, "proj_mlp"), _linear(block, "proj_out")
+    query = _linear(block, "attn.to_q")
+    if mlp is None or out is None or query is None or _linear(block, "attn.to_out.0") is not None:
+        return False
+    return out.in_features == query.out_features + mlp.out_features
+
+
+def _norms_are_per_head(attention: nn.Module, width: int) -> bool:
+    """Whether q/k norms keep to one head: one that spans heads changes when a head goes."""
+    norms = (getattr(attention, f"norm_{n}", None) for n in ("q", "k", "added_q", "added_k"))
+    return all(p.numel() == width for norm in norms if norm is not None for p in norm.parameters())
+
+
+def _unfit(denoiser: nn.Module, structures: list[Structure]) -> list[str]:
+    """Name what holds a matrix in a transformer block (an attention's parent) yet is not owned.
+
+    That is a linear or convolution wired in an unknown way, a fused projection, an adapter's or a
+    quantiser's layer in the place of a linear, or what an earlier pruning left.
+    """
+    known = {port.module for s in structures for port in (*s.producers, *s.consumers)}
+    known |= _whole_attentions(denoiser)
+    blocks = tuple(
+        name.rpartition(".")[0].rpartition(".")[0] + "."
+        for name, _ in denoiser.named_modules()
+        if name.rpartition(".")[2] in ("to_q", "to_qkv", "qkv")
+    )
+    return [
+        name
+        for name, module in denoiser.named_modules()
+        if name.startswith(blocks) and name not in known and _has_matrix(module)
+    ]
+
+
+def _whole_attentions(denoiser: nn.Module) -> set[str]:
+    """The linears of attentions that stay whole: their q/k norms span all heads (Wan)."""
+    return {
+        f"{name}.{inner}"
+        for name, module in denoiser.named_modules()
+        if (query := _linear(module, "to_q")) is not None
+        and (heads := getattr(module, "heads", 0)) > 0
+        and not _norms_are_per_head(module, query.out_features // heads)
+        and _norms_are_per_head(module, query.out_features)
+        for inner, part in module.named_modules()
+        if isinstance(part, nn.Linear)
+    }
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.ndim >= 2

@@ -1,0 +1,131 @@
+"""The state of an unfinished optimisation: what a stopped or killed job continues from."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ecodiff.runtime.artifacts import atomic
+from ecodiff.runtime.errors import Stopped
+
+log = logging.getLogger(__name__)
+
+
+class Termination:
+    """Turns SIGTERM into `Stopped`, as soon as nothing is half done.
+
+    Schedulers send it before they kill a job: when its time is up, or a better one wants its place.
+    """
+
+    def __init__(self) -> None:
+        self.asked, self.may_stop = False, True
+
+    @contextmanager
+    def heeded(self) -> Iterator[None]:
+        """Inside, SIGTERM raises `Stopped`. Only the main thread of a process can be told."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGTERM, self._stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    @contextmanager
+    def put_off(self) -> Iterator[None]:
+        """Inside, it waits for the end of the block, so that what changes there changes whole."""
+        self.may_stop = False
+        try:
+            yield
+        finally:
+            self.may_stop = True
+        if self.asked:
+            raise Stopped
+
+    def _stop(self, _signal: int, _frame: FrameType | None) -> None:
+        self.asked = True
+        if self.may_stop:
+            raise Stopped
+
+
+class State:
+    """Parameters, AdamW's moments and anything that JSON holds, in one safetensors file.
+
+    Args:
+        path: the file, or None to keep nothing.
+        identity: what the run depends on; the state of a run that differs is not continued.
+        parameters: name -> parameter, each one that `optimiser` updates.
+        optimiser: an AdamW.
+    """
+
+    def __init__(
+        self,
+        path: Path | None,
+        identity: dict[str, Any],
+        parameters: Mapping[str, Tensor],
+        optimiser: torch.optim.Optimizer,
+    ) -> None:
+        self.path = None if path is None else Path(path)
+        self.identity = json.loads(json.dumps(identity, default=str))
+        self.parameters, self.optimiser = dict(parameters), optimiser
+
+    def write(self, info: Mapping[str, Any]) -> None:
+        """Write the state, whole or not at all, with whatever else the run needs to go on."""
+        if self.path is None:
+            return
+        text = json.dumps({"identity": self.identity, "info": info})
+        with atomic(self.path) as scratch:
+            save_file(self._tensors(), scratch, metadata={"ecodiff": text})
+
+    def restore(self) -> dict[str, Any] | None:
+        """Load the state into parameters and optimiser; what `write` was given, None without."""
+        if self.path is None or not self.path.is_file():
+            return None
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                found = json.loads(file.metadata()["ecodiff"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+            log.warning("%s is not readable; it starts anew", self.path)
+            return None
+        if found["identity"] != self.identity:
+            log.warning("%s is of another run; it starts anew", self.path)
+            return None
+        self._load(tensors)
+        return found["info"]
+
+    def discard(self) -> None:
+        """Remove the file: the run is finished."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {}
+        for name, parameter in self.parameters.items():
+            tensors[f"value/{name}"] = parameter.detach().cpu().contiguous()
+            for key, value in self.optimiser.state[parameter].items():
+                tensors[f"{key}/{name}"] = value.cpu().contiguous()
+        return tensors
+
+    def _load(self, tensors: dict[str, Tensor]) -> None:
+        for key, value in tensors.items():
+            part, _, name = key.partition("/")
+            parameter = self.parameters[name]
+            if part == "value":
+                parameter.data.copy_(value)
+            else:  # AdamW keeps its step counters on the CPU
+                device = "cpu" if part == "step" else parameter.device
+                self.optimiser.state[parameter][part] = value.to(device)

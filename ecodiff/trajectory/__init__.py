@@ -1,0 +1,1 @@
+"""The denoising trajectory with gates: differentiable, in the memory of one step."""

@@ -1,0 +1,175 @@
+"""The model's own training loss, in the conventions of the pipeline that samples from it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler, DiffusionPipeline
+from torch import Tensor, nn
+
+from ecodiff.models.families import unguided
+from ecodiff.models.pipelines import call_arguments, quiet
+from ecodiff.models.structures import denoiser_of
+from ecodiff.runtime.errors import UserError
+
+
+class Diffusion:
+    """Noise, v or sample prediction, for schedulers that divide by the noise's scale.
+
+    The training scheduler's noised latents have unit variance at all timesteps, which is what the
+    pipeline's own scheduler makes of its latents in `scale_model_input`.
+    """
+
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler = DDPMScheduler.from_config(scheduler.config)
+        self.prediction = self.scheduler.config.prediction_type
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """Draw timesteps, int64 (count,), uniform over all training timesteps."""
+        return torch.randint(len(self.scheduler), (count,), generator=generator)
+
+    def spread(self, count: int) -> Tensor:
+        """Evenly spaced timesteps from little noise to much, int64 (count,)."""
+        return torch.linspace(0, len(self.scheduler) - 1, count).round().long()
+
+    def noised(self, z0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the denoiser sees at `timesteps` (n,); like z0 and noise, (n, ...)."""
+        return self.scheduler.add_noise(z0, noise, timesteps)
+
+    def target(self, z0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the denoiser should return there."""
+        if self.prediction == "v_prediction":
+            return self.scheduler.get_velocity(z0, noise, timesteps)
+        return {"epsilon": noise, "sample": z0}[self.prediction]
+
+
+class Flow:
+    """Flow matching: latents (1 - sigma) z0 + sigma noise, whose velocity is noise - z0."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self.steps = scheduler.config.num_train_timesteps
+        self.timesteps = scheduler.timesteps.cpu()
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """Draw timesteps, float32 (count,), from the schedule that the scheduler was set to."""
+        return self.timesteps[torch.randint(len(self.timesteps), (count,), generator=generator)]
+
+    def spread(self, count: int) -> Tensor:
+        """Evenly chosen timesteps from little noise to much, float32 (count,)."""
+        places = torch.linspace(0, len(self.timesteps) - 1, count).round().long()
+        return self.timesteps.flip(0)[places]
+
+    def noised(self, z0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the denoiser sees at `timesteps` (n,); like z0 and noise, (n, ...)."""
+        sigma = (timesteps / self.steps).to(z0).view(-1, *[1] * (z0.ndim - 1))
+        return torch.lerp(z0, noise, sigma)
+
+    def target(self, z0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the denoiser should return there."""
+        return noise - z0
+
+
+def objective(scheduler: Any) -> Diffusion | Flow:
+    """Choose the training target that belongs to a pipeline's scheduler.
+
+    Args:
+        scheduler: of the pipeline; a flow matching one with its timesteps set.
+
+    Raises:
+        UserError: a scheduler of another kind, such as EDM's.
+    """
+    config = scheduler.config
+    if type(scheduler).__name__.startswith("FlowMatch"):
+        return Flow(scheduler)
+    if config.get("prediction_type") in ("epsilon", "v_prediction", "sample") and (
+        "beta_schedule" in config
+    ):
+        return Diffusion(scheduler)
+    raise UserError(
+        f"scheduler: {type(scheduler).__name__} with prediction_type"
+        f" {config.get('prediction_type')} can't be trained; flow matching and schedulers with"
+        " betas and epsilon, v_prediction or sample can"
+    )
+
+
+@dataclass
+class Conditioned:
+    """The denoiser's arguments for some prompts, as the pipeline gives them.
+
+    Attributes:
+        arguments: all arguments of `forward` by name.
+        latents: the name of the noised latents among them.
+        scale: the denoiser's timestep divided by the scheduler's (FLUX: 1 / 1000).
+    """
+
+    arguments: dict[str, Any]
+    latents: str
+    scale: float
+
+    def predict(self, denoiser: nn.Module, noised: Tensor, timesteps: Tensor) -> Tensor:
+        """Return the prediction (n, ...) of a denoiser at the scheduler's timesteps (n,)."""
+        inputs = _cast({**self.arguments, self.latents: noised}, denoiser.dtype)
+        inputs["timestep"] = timesteps.to(noised.device) * self.scale
+        predicted = denoiser(**inputs)[0]
+        # PixArt predicts a variance beside the noise, which its sampler doesn't read.
+        return predicted.chunk(predicted.shape[1] // noised.shape[1], dim=1)[0]
+
+
+class _Seen(Exception):
+    """The denoiser was called; nothing after that is of interest."""
+
+
+def conditioned(
+    pipe: DiffusionPipeline, embeds: Mapping[str, Tensor], noise: Tensor, call: Mapping[str, Any]
+) -> Conditioned:
+    """Let the pipeline itself prepare its denoiser's arguments, and stop it there.
+
+    Classifier-free guidance is switched off, as in training; a guidance that the denoiser takes as
+    an input stays. Afterwards the scheduler is set to the pipeline's schedule: all training
+    timesteps under flow matching, those of `call` otherwise.
+
+    Args:
+        pipe: the pipeline; its denoiser isn't run.
+        embeds: see `pipelines.encode`, n prompts.
+        noise: (n, ...), for its shape.
+        call: the model's `call`.
+
+    Raises:
+        UserError: the denoiser isn't called with latents and a `timestep` (Z-Image).
+    """
+    if any(key.startswith("negative_") for key in embeds):
+        embeds = {k: v for k, v in embeds.items() if not k.startswith("negative_")}
+        call = unguided(pipe, dict(call))
+    if type(pipe.scheduler).__name__.startswith("FlowMatch"):
+        call = {**call, "num_inference_steps": pipe.scheduler.config.num_train_timesteps}
+    denoiser, seen = denoiser_of(pipe), {}
+    signature = inspect.signature(denoiser.forward)
+
+    def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.update(signature.bind(*args, **kwargs).arguments)
+        raise _Seen
+
+    hook = denoiser.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        with quiet(pipe), torch.no_grad():
+            pipe(**call_arguments(pipe, embeds, noise, dict(call)))
+    except _Seen:
+        pass
+    finally:
+        hook.remove()
+    if "timestep" not in seen:
+        raise UserError(f"{type(pipe).__name__}: can't be trained; its denoiser takes lists")
+    scale = float(seen["timestep"].flatten()[0]) / float(pipe.scheduler.timesteps[0])
+    return Conditioned(seen, next(iter(signature.parameters)), scale)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """Cast floating tensors, in dictionaries too."""
+    if isinstance(value, Mapping):
+        return {key: _cast(item, dtype) for key, item in value.items()}
+    is_floating = isinstance(value, Tensor) and value.is_floating_point()
+    return value.to(dtype) if is_floating else value
