@@ -93,7 +93,7 @@ def test_no_job_of_the_demo_trains_a_toy(demo):
 
 def test_every_job_has_a_log_and_a_benchmark(demo):
     _, text = demo
-    rules = set(demo[0]) - {"all", "config"}
+    rules = set(demo[0]) - {"all"}
     for rule in rules:
         for job in jobs_of(text, rule):
             assert "log: results/demo/logs/" in job
@@ -173,7 +173,7 @@ def test_each_seed_has_its_own_scores(place, tmp_path):
     assert masks_of(text) == ({"ecodiff-20-s3", "ecodiff-20-s4"},) * 2
     for seed in (3, 4):
         command = re.search(rf"ecodiff mask .*masks/ecodiff-20-s{seed}/.*", text)[0]
-        assert f'"seed":{seed}' in command
+        assert f"--percent 20 --settings '{{\"seed\": {seed}}}'" in command
 
 
 def test_retraining_may_have_prompts_of_its_own(place, tmp_path):
