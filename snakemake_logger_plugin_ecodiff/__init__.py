@@ -1,0 +1,233 @@
+"""How a run is watched: `snakemake --logger ecodiff`, which the default profile asks for.
+
+On a terminal: a bar for each stage that has begun, the jobs that run, and the time that is left.
+Elsewhere: one line a finished job. Both show the end of a failed job's log; Snakemake's own messages
+go to the file that it keeps below `.snakemake/log`. A dry-run is shown as Snakemake shows it.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.text import Text
+from snakemake.logging import DefaultFilter, DefaultFormatter
+from snakemake_interface_logger_plugins.base import LogHandlerBase
+from snakemake_interface_logger_plugins.common import LogEvent
+
+TAIL = 15  # lines of a failed job's log
+ONE_LINE = {
+    "cannot be locked": "another run works in this folder; when none does (it was killed): "
+    "snakemake --unlock",
+}
+# Said by Snakemake without an event, and worth a line.
+WORTH_SAYING = ("Nothing to be done", "Unlocking")
+
+
+class LogHandler(LogHandlerBase):
+    """Snakemake's door to this module."""
+
+    writes_to_stream = True
+    writes_to_file = False
+    has_filter = True
+    has_formatter = True
+    needs_rulegraph = False
+
+    def __post_init__(self) -> None:
+        self.console = Console(stderr=not self.common_settings.stdout, highlight=False)
+        if self.common_settings.dryrun:
+            self.watch: Watch | Plain = Plain(self.console, self.common_settings)
+        else:
+            self.watch = Watch(self.console)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Shows a message of Snakemake's."""
+        try:
+            self.watch.show(record)
+        except Exception:  # a message that cannot be shown must not end a run
+            self.handleError(record)
+
+    def close(self) -> None:
+        """Leaves the terminal as it was."""
+        self.watch.end()
+        super().close()
+
+
+class Plain:
+    """Messages as Snakemake words them."""
+
+    def __init__(self, console: Console, settings: Any) -> None:
+        self.console = console
+        self.formatter = DefaultFormatter(settings.quiet, settings.show_failed_logs)
+        self.filter = DefaultFilter(
+            settings.quiet,
+            settings.debug_dag,
+            settings.verbose,
+            settings.dryrun,
+            settings.printshellcmds,
+        )
+
+    def show(self, record: logging.LogRecord) -> None:
+        """Print a message unless it is filtered."""
+        if self.filter.filter(record):
+            print(self.formatter.format(record), file=self.console.file)
+
+    def end(self) -> None:
+        """Nothing is left to do."""
+
+
+class Watch:
+    """What is done, what runs and what is left of a run."""
+
+    def __init__(self, console: Console) -> None:
+        self.console, self.began = console, time.monotonic()
+        self.jobs: dict[int, tuple[str, str, float]] = {}  # id -> rule, what of it, when it began
+        self.planned: Counter[str] = Counter()
+        self.done: Counter[str] = Counter()
+        self.seconds: defaultdict[str, list[float]] = defaultdict(list)
+        self.failed: set[int] = set()
+        self.bars = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            console=console,
+            expand=True,
+        )
+        self.tasks: dict[str, Any] = {}
+        self.live = Live(
+            get_renderable=self._screen, console=console, refresh_per_second=4, transient=True
+        )
+
+    def show(self, record: logging.LogRecord) -> None:
+        """Take note of a message, and print what a person should read of it."""
+        match getattr(record, "event", None):
+            case LogEvent.RUN_INFO:
+                self._plan(record.stats)
+            case LogEvent.JOB_INFO:
+                self._begin(record)
+            case LogEvent.JOB_FINISHED:
+                self._finish(record.job_id)
+            case LogEvent.JOB_ERROR:
+                self._fail(record)
+            case LogEvent.ERROR:
+                self._say(record)
+            case None:
+                message = record.getMessage()
+                if record.levelno >= logging.WARNING or message.startswith(WORTH_SAYING):
+                    self._say(record)
+
+    def end(self) -> None:
+        """Take the bars away."""
+        if self.live.is_started:
+            self.live.stop()
+
+    def left(self) -> float | None:
+        """Seconds until all is done; None before any job has ended.
+
+        Each job is taken to last as long as those of its rule, or else as the mean of all, as many
+        at once as have run at once so far.
+        """
+        known = {rule: mean(found) for rule, found in self.seconds.items()}
+        if not known:
+            return None
+        usual = mean(second for found in self.seconds.values() for second in found)
+        work = sum(
+            (count - self.done[rule]) * known.get(rule, usual)
+            for rule, count in self.planned.items()
+        )
+        now = time.monotonic()
+        running = sum(
+            min(now - began, known.get(rule, usual)) for rule, _, began in self.jobs.values()
+        )
+        at_once = sum(map(sum, self.seconds.values())) + running
+        return max(0.0, work - running) / max(1.0, at_once / max(now - self.began, 1e-3))
+
+    def _plan(self, stats: dict[str, int]) -> None:
+        self.planned = Counter({rule: n for rule, n in stats.items() if rule != "total"})
+        self.began = time.monotonic()
+        self.console.print(f"{self.planned.total()} jobs")
+        if self.console.is_terminal:
+            self.tasks["all"] = self.bars.add_task("all", total=self.planned.total())
+            self.live.start()
+
+    def _begin(self, job: Any) -> None:
+        names = " ".join(str(value) for value in (job.wildcards or {}).values())
+        self.jobs[job.jobid] = (job.rule_name, names, time.monotonic())
+        if job.rule_name not in self.tasks:
+            total = self.planned[job.rule_name]
+            self.tasks[job.rule_name] = self.bars.add_task(job.rule_name, total=total)
+
+    def _finish(self, job: int) -> None:
+        rule, names, began = self.jobs.pop(job)
+        took = time.monotonic() - began
+        self.seconds[rule].append(took)
+        self.done[rule] += 1
+        self.bars.advance(self.tasks[rule])
+        if "all" in self.tasks:
+            self.bars.advance(self.tasks["all"])
+        else:
+            counted = f"[{self.done.total()}/{self.planned.total()}]"
+            line = f"{counted} {' '.join([rule, names]).strip()} ({span(took)})"
+            self.console.print(escape(f"{line}, about {span(self.left() or 0)} left"), soft_wrap=True)
+        if self.done == self.planned:
+            self.end()
+
+    def _fail(self, job: Any) -> None:
+        rule, names, _ = self.jobs.pop(job.jobid, (job.rule_name, "", 0.0))
+        if job.jobid in self.failed:  # said when it failed, and again at the end
+            return
+        self.failed.add(job.jobid)
+        self.console.print(Text(f"failed: {rule} {names}".strip(), "bold red"), soft_wrap=True)
+        for path in job.log or ():
+            for line in tail(Path(path)):
+                self.console.print(Text(f"  {line}"), soft_wrap=True)
+            self.console.print(Text(f"  log: {path}", "dim"), soft_wrap=True)
+
+    def _say(self, record: logging.LogRecord) -> None:
+        message = record.getMessage().strip()
+        for part, line in ONE_LINE.items():
+            if part in message:
+                message = line
+        if message.startswith(("Exiting because a job", "Error in rule")) or not message:
+            return
+        style = "red" if record.levelno >= logging.ERROR else ""
+        self.console.print(Text(message, style), soft_wrap=True)
+
+    def _screen(self) -> Group:
+        """The bars, and below them the jobs that run."""
+        now = time.monotonic()
+        lines = [
+            Text(f"{rule} {names} {span(now - began)}", "dim", no_wrap=True, overflow="ellipsis")
+            for rule, names, began in self.jobs.values()
+        ]
+        left = self.left()
+        time_left = "" if left is None else f", about {span(left)} left"
+        return Group(self.bars, *lines, Text(f"{span(now - self.began)} so far{time_left}"))
+
+
+def tail(log: Path) -> list[str]:
+    """The end of a failed job's log: the error of the user's when it is one, or the last lines."""
+    try:
+        lines = log.read_text(errors="replace").splitlines()
+    except OSError:
+        return []
+    errors = [line for line in lines if re.match(r"ecodiff: error: ", line)]
+    return errors[-1:] or lines[-TAIL:]
+
+
+def span(seconds: float) -> str:
+    """A time for people: 8 s, 2 min 05 s, 1 h 20 min."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02} min"
+    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
