@@ -19,6 +19,7 @@ from ecodiff.config.run import Config, load_config
 from ecodiff.prompts import make_prompts, read_prompts, write_prompts
 from ecodiff.runtime.artifacts import atomic, write_json, write_manifest
 from ecodiff.runtime.errors import Stopped, UserError
+from ecodiff.runtime.extras import extras_named
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -61,7 +62,8 @@ def main() -> None:
     if not sys.stderr.isatty():  # logs want lines, not the libraries' bars
         os.environ.setdefault("TQDM_DISABLE", "1")
     try:
-        app()
+        with extras_named():
+            app()
     except UserError as error:
         print(f"ecodiff: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
