@@ -19,7 +19,9 @@ test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "slow or not slow" -n $(CORES) --dist loadfile --durations=15
 
 # Each as a user gets it: a fresh environment, the package built, the versions of the lock.
+# What an earlier build left would be packaged too.
 test-install: install
+	rm -rf build
 	set -e; fresh=$$(mktemp -d); trap "rm -rf $$fresh" EXIT; for what in $(INSTALLS); do \
 		$(BIN)/uv venv --quiet --clear --python $(BIN)/python $$fresh; \
 		$(BIN)/uv pip install --quiet --link-mode hardlink --python $$fresh/bin/python \
@@ -59,4 +61,4 @@ schema: install
 	$(BIN)/python -m ecodiff.config.run > workflow/schemas/config.schema.json
 
 clean:
-	rm -rf $(VENV) .snakemake
+	rm -rf $(VENV) .snakemake build

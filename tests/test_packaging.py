@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import pkgutil
 import re
+import subprocess
+import sys
 from importlib.metadata import packages_distributions
 
 import pytest
@@ -68,6 +71,22 @@ def test_users_are_told_of_each_library_of_an_extra(extra):
 
 def test_the_workflow_has_all_stages():
     assert closure(f"ecodiff[{','.join(STAGES)}]") < closure("ecodiff[workflow]")
+
+
+def test_each_library_that_is_imported_is_asked_for_by_name():
+    """What comes along with another library may stay away with its next version."""
+    imported = set()
+    for path in (ROOT / "ecodiff").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                imported.add(node.module.partition(".")[0])
+    asked = [*PROJECT["dependencies"], *(text for stage in STAGES for text in EXTRA[stage])]
+    names = {normal(Requirement(text).name) for text in asked}
+    owners = packages_distributions()
+    libraries = imported - sys.stdlib_module_names - {"ecodiff"}
+    assert not {name for name in libraries if not names & {*map(normal, owners.get(name, []))}}
 
 
 @pytest.mark.slow
@@ -163,6 +182,18 @@ def test_conda_installs_the_workflow_from_the_files_own_folder():
     folder, extra = re.fullmatch(r"(.+)\[(.+)\]", where).groups()
     assert (ROOT / folder / "pyproject.toml").is_file()
     assert extra in EXTRA
+
+
+@pytest.mark.slow
+def test_condas_pip_finds_the_project(tmp_path):
+    """Conda gives pip these lines in a file of its own, and runs it where environment.yml lies."""
+    lines = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"][-1]["pip"]
+    file = tmp_path / "requirements.txt"
+    file.write_text("\n".join(lines))
+    how = ["--dry-run", "--no-deps", "--no-build-isolation", "--force-reinstall"]
+    command = [sys.executable, "-m", "pip", "install", *how, "--requirement", str(file)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert f"Would install ecodiff-{ecodiff.__version__}" in done.stdout, done.stderr
 
 
 def copied():
