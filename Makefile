@@ -6,7 +6,10 @@ BIN := $(VENV)/bin
 UV_VERSION := 0.13.8
 export UV_LINK_MODE ?= copy
 
-.PHONY: demo test bench lint lock schema install clean
+# What users install: the core, or with the extra of a stage.
+INSTALLS := . .[evaluate] .[report] .[retrain] .[workflow]
+
+.PHONY: demo test test-install bench lint lock schema install clean
 
 demo: install
 	$(BIN)/snakemake --cores $(CORES)
@@ -14,6 +17,19 @@ demo: install
 # A thread a worker: threads of several workers would wait for each other on the same cores.
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "slow or not slow" -n $(CORES) --dist loadfile --durations=15
+
+# Each as a user gets it: a fresh environment, the package built, the versions of the lock.
+# What an earlier build left would be packaged too.
+test-install: install
+	rm -rf build
+	set -e; fresh=$$(mktemp -d); trap "rm -rf $$fresh" EXIT; for what in $(INSTALLS); do \
+		$(BIN)/uv venv --quiet --clear --python $(BIN)/python $$fresh; \
+		$(BIN)/uv pip install --quiet --link-mode hardlink --python $$fresh/bin/python \
+			--constraint requirements.lock "$$what"; \
+		$(BIN)/uv pip check --quiet --python $$fresh/bin/python; \
+		(cd $$fresh && bin/ecodiff --help > help.txt && bin/python -c "import ecodiff; ecodiff.discover"); \
+		echo "installed: $$what"; \
+	done
 
 bench: install
 	$(BIN)/python benchmarks/learning.py
@@ -35,7 +51,7 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	touch $@
 
-# Pin anew what pyproject.toml asks for; environment.yml reads the same file.
+# Pin anew what pyproject.toml asks for, all extras included.
 lock:
 	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 \
 		--generate-hashes --no-emit-index-url --no-annotate --no-header --upgrade --quiet \
@@ -45,4 +61,4 @@ schema: install
 	$(BIN)/python -m ecodiff.config.run > workflow/schemas/config.schema.json
 
 clean:
-	rm -rf $(VENV) .snakemake
+	rm -rf $(VENV) .snakemake build

@@ -17,6 +17,8 @@ from typing import Any
 
 from ecodiff.models import own_class
 
+__version__ = "0.1.0"
+
 _HOMES = {
     "Mask": "ecodiff.mask",
     "Structure": "ecodiff.models.structures",

@@ -177,7 +177,9 @@ class Watch:
         else:
             counted = f"[{self.done.total()}/{self.planned.total()}]"
             line = f"{counted} {' '.join([rule, names]).strip()} ({span(took)})"
-            self.console.print(escape(f"{line}, about {span(self.left() or 0)} left"), soft_wrap=True)
+            self.console.print(
+                escape(f"{line}, about {span(self.left() or 0)} left"), soft_wrap=True
+            )
         if self.done == self.planned:
             self.end()
 

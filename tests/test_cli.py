@@ -49,6 +49,23 @@ def test_an_error_of_the_users_is_one_line_and_status_2(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_missing_extra_is_one_line_that_installs_it(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)  # as if it were not installed
+    monkeypatch.delitem(sys.modules, "ecodiff.retrain.train", raising=False)
+    monkeypatch.delitem(sys.modules, "ecodiff.retrain", raising=False)
+    assert ecodiff("retrain", tmp_path, tmp_path, tmp_path) == 2
+    error = capsys.readouterr().err
+    assert error == (
+        "ecodiff: error: retrain: peft is not installed; pip install 'ecodiff[retrain]'\n"
+    )
+
+
+def test_a_missing_library_of_no_extra_is_no_error_of_the_users(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ecodiff.calibrate", None)
+    with pytest.raises(ModuleNotFoundError):
+        ecodiff("grams", "a", "b", "c")
+
+
 def test_a_missing_model_is_one_line(tmp_path, capsys):
     table = make_prompts(tmp_path)
     words = ("generate", tmp_path / "none", table, tmp_path / "out", "--call", CALL, *CPU)

@@ -13,6 +13,7 @@ import typer
 
 from ecodiff.cli import evaluate, report, stages, toys
 from ecodiff.runtime.errors import Stopped, UserError
+from ecodiff.runtime.extras import extras_named
 
 app = typer.Typer(
     help=f"{__doc__}\n\nprompts -> calibrate -> mask -> prune -> retrain -> generate -> evaluate"
@@ -46,7 +47,8 @@ def main() -> None:
     if not sys.stderr.isatty():  # logs want lines, not the libraries' bars
         os.environ.setdefault("TQDM_DISABLE", "1")
     try:
-        app()
+        with extras_named():
+            app()
     except UserError as error:
         print(f"ecodiff: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
