@@ -1,4 +1,5 @@
 # Two commands on a fresh machine: `make demo` and `make test`.
+# `make demo PROFILE=profiles/plain` shows all that Snakemake says.
 PYTHON ?= python3
 CORES ?= 2
 VENV := .venv
@@ -12,7 +13,7 @@ INSTALLS := . .[evaluate] .[report] .[retrain] .[workflow]
 .PHONY: demo test test-install bench lint lock schema install clean
 
 demo: install
-	$(BIN)/snakemake --cores $(CORES)
+	$(BIN)/snakemake --cores $(CORES) $(if $(PROFILE),--workflow-profile $(PROFILE))
 
 # A thread a worker: threads of several workers would wait for each other on the same cores.
 test: install

@@ -1,8 +1,9 @@
 """How a run is watched: `snakemake --logger ecodiff`, which the default profile asks for.
 
 On a terminal: a bar for each stage that has begun, the jobs that run, and the time that is left.
-Elsewhere: one line a finished job. Both show the end of a failed job's log; Snakemake's own messages
-go to the file that it keeps below `.snakemake/log`. A dry-run is shown as Snakemake shows it.
+Elsewhere: one line a finished job. Both show the end of a failed job's log; Snakemake's own
+messages go to the file that it keeps below `.snakemake/log`. A dry-run is shown as Snakemake shows
+it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 from snakemake.logging import DefaultFilter, DefaultFormatter
@@ -175,11 +175,10 @@ class Watch:
         if "all" in self.tasks:
             self.bars.advance(self.tasks["all"])
         else:
+            what = " ".join([rule, names]).strip()
             counted = f"[{self.done.total()}/{self.planned.total()}]"
-            line = f"{counted} {' '.join([rule, names]).strip()} ({span(took)})"
-            self.console.print(
-                escape(f"{line}, about {span(self.left() or 0)} left"), soft_wrap=True
-            )
+            left = f"about {span(self.left() or 0)} left"
+            self.console.print(Text(f"{counted} {what} ({span(took)}), {left}"), soft_wrap=True)
         if self.done == self.planned:
             self.end()
 
