@@ -60,10 +60,28 @@ def test_a_missing_extra_is_one_line_that_installs_it(tmp_path, capsys, monkeypa
     )
 
 
-def test_a_missing_library_of_no_extra_is_no_error_of_the_users(monkeypatch):
+def test_a_missing_library_of_no_extra_is_no_error_of_the_users(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "ecodiff.calibrate", None)
-    with pytest.raises(ModuleNotFoundError):
-        ecodiff("grams", "a", "b", "c")
+    assert ecodiff("grams", "a", "b", "c") == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("ecodiff: error: internal: ModuleNotFoundError: ")
+
+
+@pytest.mark.parametrize("way", ["option", "variable"])
+def test_debug_shows_where_an_error_comes_from(tmp_path, capsys, monkeypatch, way):
+    if way == "variable":
+        monkeypatch.setenv("ECODIFF_DEBUG", "1")
+    debug = ["--debug"] if way == "option" else []
+    words = ("prompts", tmp_path / "p", "--settings", "{source: shapeworld, count: 0}")
+    assert ecodiff(*debug, *words) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("Traceback")
+    assert lines[-1].startswith("ecodiff: error: count: ")
+
+
+def test_a_word_that_is_no_verb_is_status_2(capsys):
+    assert ecodiff("prunes") == 2
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_a_missing_model_is_one_line(tmp_path, capsys):

@@ -8,11 +8,12 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from typing import Annotated
 
 import typer
 
 from ecodiff.cli import evaluate, report, stages, toys
-from ecodiff.runtime.errors import Stopped, UserError
+from ecodiff.runtime.errors import Stopped, tell
 from ecodiff.runtime.extras import extras_named
 
 app = typer.Typer(
@@ -37,20 +38,33 @@ app.add_typer(report.app, name="report")
 app.add_typer(toys.app, name="toys")
 
 
-def main() -> None:
-    """Runs the command; an error of the user's is one line and exit status 2.
+@app.callback()
+def options(
+    context: typer.Context,
+    debug: Annotated[
+        bool, typer.Option("--debug", envvar="ECODIFF_DEBUG", help="Show where errors come from.")
+    ] = False,
+) -> None:
+    """Options of all verbs."""
+    context.ensure_object(dict)["debug"] = debug
 
-    A job that was told to stop ends with 75: the same command goes on where it was.
+
+def main() -> None:
+    """Runs the command; an error is one line, the last.
+
+    Exit status 2 is for what the user can mend, 1 for faults of the machine's and of ours. A job
+    that was told to stop ends with 75: the same command goes on where it was.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("ecodiff").setLevel(logging.INFO)
     if not sys.stderr.isatty():  # logs want lines, not the libraries' bars
         os.environ.setdefault("TQDM_DISABLE", "1")
+    chosen = {"debug": False}
     try:
         with extras_named():
-            app()
-    except UserError as error:
-        print(f"ecodiff: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+            app(obj=chosen)
     except Stopped:
         raise SystemExit(Stopped.exit_code) from None
+    except Exception as error:
+        verb = next((word for word in sys.argv[1:] if not word.startswith("-")), "ecodiff")
+        raise SystemExit(tell(error, verb, chosen["debug"])) from None
