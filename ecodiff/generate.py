@@ -55,8 +55,7 @@ def generate(
         UserError: a final latent is not finite; the prompts are named.
     """
     latents = []
-    with atomic(folder) as scratch:
-        scratch.mkdir()
+    with atomic(folder, folder=True) as scratch:
         for start in range(0, len(prompts), batch_size):
             rows = prompts.iloc[start : start + batch_size]
             with torch.inference_mode():

@@ -77,8 +77,7 @@ def _shapeworld(settings: PromptSet, folder: Path) -> Pairs:
     """Captions of one split with the pictures that they were drawn from."""
     rng = np.random.default_rng(settings.seed)
     scenes = [world.sample_scene(rng, settings.split) for _ in range(settings.count)]
-    with atomic(folder) as scratch:
-        scratch.mkdir()
+    with atomic(folder, folder=True) as scratch:
         for index, scene in enumerate(scenes):
             Image.fromarray(world.render(scene)).save(scratch / f"{index:05d}.png")
     return [(scene.caption, str(folder / f"{i:05d}.png")) for i, scene in enumerate(scenes)]

@@ -378,7 +378,7 @@ def test_tensorboard_is_used_where_it_is_installed(flux, tmp_path, monkeypatch):
     module = SimpleNamespace(SummaryWriter=SummaryWriter)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     learn_mask(*flux, MaskSettings(**QUICK), 0.1, tmp_path / "state.safetensors")
-    assert ("tensorboard", "distortion", 1) in written
+    assert ("state.tensorboard", "distortion", 1) in written
     assert written[-1] == "closed"
 
 

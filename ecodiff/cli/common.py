@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +14,7 @@ import typer
 from ecodiff.config.reading import read_settings
 from ecodiff.config.run import Config, load_config
 from ecodiff.config.sections import CallSettings, LoadSettings, Settings
-from ecodiff.runtime.artifacts import write_manifest
+from ecodiff.runtime.artifacts import check_output, manifest_of, write_manifest
 from ecodiff.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -100,16 +100,41 @@ class Source:
 
 
 @contextmanager
-def job(stage: str, out: Path, **details: Any) -> Iterator[dict[str, Any]]:
-    """Around the work of a verb: in the end, `out` has a manifest.
+def job(
+    stage: str,
+    *files: Path,
+    folders: Sequence[Path] = (),
+    reads: Sequence[str | Path | None] = (),
+    bytes_needed: int = 0,
+    **details: Any,
+) -> Iterator[dict[str, Any]]:
+    """Around the work of a verb: it may write its outputs, and in the end each has a manifest.
 
     Args:
         stage: the module that does the work.
-        out: the file or folder that it writes.
+        files, folders: what it writes.
+        reads: files, folders and names of models that it reads; None is skipped.
+        bytes_needed: about how much it writes.
         details: what the manifest says of inputs and settings; more can be put into what is given.
+
+    Raises:
+        UserError, OSError: of `check_output`, before any work.
     """
+    outputs = [*files, *folders]
+    for out in outputs:
+        others = [other for other in outputs if other is not out]
+        others += [*map(manifest_of, outputs), *reads]
+        check_output(out, stage, folder=out in folders, others=others, bytes_needed=bytes_needed)
     yield details
-    write_manifest(out, stage, details)
+    for out in outputs:
+        write_manifest(out, stage, details)
+
+
+def weight_bytes(model: str) -> int:
+    """The bytes of a model's weights; 0 where it is no local file or folder."""
+    path = Path(model)
+    files = [path] if path.is_file() else path.rglob("*.safetensors")
+    return sum(file.stat().st_size for file in files)
 
 
 def named(pairs: list[str]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
@@ -46,7 +47,8 @@ def quality(
 
     chosen = Source(config).read(EvaluateSettings, settings, "evaluate")
     shards = {name: [*map(Path, paths.split(","))] for name, paths in named(variant).items()}
-    with job("evaluate.quality", out, variants=variant, **chosen.model_dump()):
+    reads = [table, config, *chain(*shards.values())]
+    with job("evaluate.quality", out, reads=reads, variants=variant, **chosen.model_dump()):
         samples = {name: Samples(paths) for name, paths in shards.items()}
         dense = next(iter(samples.values()))
         judge = Judge(read_prompts(table), dense, chosen, choose_device(device))
@@ -74,7 +76,8 @@ def efficiency(
     chosen = source.read(EfficiencySettings, settings, "evaluate", "efficiency")
     arguments, rows = source.call(call), read_prompts(table).iloc[: chosen.batch_size]
     (name, model), *others = named(variant).items()
-    with job("evaluate.efficiency", out, variants=variant, **chosen.model_dump()):
+    reads = [table, config, model, *(path for _, path in others)]
+    with job("evaluate.efficiency", out, reads=reads, variants=variant, **chosen.model_dump()):
         pipe = source.load(model, load)
         denoisers = {name: denoiser_of(pipe)}
         for other, path in others:
@@ -103,7 +106,8 @@ def mask_cost(
     source = Source(config, of)
     chosen = source.read(MaskCostSettings, settings, "evaluate", "mask_cost")
     arguments, rows = source.call(call), read_prompts(table).iloc[: chosen.batch]
-    with job("evaluate.mask_cost", out, model=model, **chosen.model_dump()):
+    reads = [model, table, config]
+    with job("evaluate.mask_cost", out, reads=reads, model=model, **chosen.model_dump()):
         pipe = source.load(model, load)
         embeds = encode(pipe, [*rows["prompt"]], arguments)
         noise = starting_noise(pipe, [*rows["seed"]], arguments)
@@ -132,7 +136,8 @@ def mask_error(
 
     masks = {path.parent.name: Mask.load(path) for path in mask}
     calibration = Calibration.load(record)
-    with job("evaluate.mask_error", out, model=model, record=str(record)):
+    reads = [model, record, config, *mask]
+    with job("evaluate.mask_error", out, reads=reads, model=model, record=str(record)):
         pipe = Source(config, of).load(model, load, encoders=False)
         found = measure(pipe, calibration, masks, sparsity, batch_size)
         with atomic(out) as file:

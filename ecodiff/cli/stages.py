@@ -20,6 +20,7 @@ from ecodiff.cli.common import (
     Table,
     Text,
     job,
+    weight_bytes,
 )
 from ecodiff.config.sections import MaskSettings, PromptSet, PruneSettings, RetrainSettings
 from ecodiff.runtime.errors import UserError
@@ -38,8 +39,11 @@ def prompts(
     from ecodiff.prompts import make_prompts, write_prompts
 
     chosen = Source(config).read(PromptSet, settings, "prompts", name)
-    with job("prompts", out, **chosen.model_dump()):
-        write_prompts(make_prompts(chosen, pictures or out.with_suffix("")), out)
+    place = pictures or out.with_suffix("")
+    drawn = [place] if chosen.source == "shapeworld" else []
+    reads = [chosen.path, config]
+    with job("prompts", out, folders=drawn, reads=reads, **chosen.model_dump()):
+        write_prompts(make_prompts(chosen, place), out)
 
 
 def calibrate(
@@ -58,7 +62,8 @@ def calibrate(
 
     source, rows = Source(config, of), read_prompts(table)
     arguments = source.call(call)
-    with job("calibrate", out, model=model, prompts=str(table), call=arguments):
+    reads = [model, table, config]
+    with job("calibrate", out, reads=reads, model=model, prompts=str(table), call=arguments):
         pipe = source.load(model, load)
         record(pipe, [*rows["prompt"]], [*rows["seed"]], arguments, batch_size).save(out)
 
@@ -77,7 +82,8 @@ def grams(
     from ecodiff.models.structures import discover
 
     calibration = Calibration.load(record)
-    with job("calibrate", out, model=model, calibration=str(record)):
+    reads = [model, record, config]
+    with job("calibrate", out, reads=reads, model=model, calibration=str(record)):
         pipe = Source(config, of).load(model, load, encoders=False)
         gather_grams(pipe, discover(pipe), calibration, batch_size).save(out)
 
@@ -98,12 +104,14 @@ def mask(
     from ecodiff.calibrate import Calibration
     from ecodiff.mask import make_mask
     from ecodiff.runtime.artifacts import atomic
+    from ecodiff.runtime.state import unfinished
     from ecodiff.runtime.workers import Workers
 
     source = Source(config, of)
     chosen = source.of_model(MaskSettings, settings, "mask")
     record = Calibration.load(calibration) if calibration else None
-    with job("mask", out) as details:
+    outputs = [out, history] if history else [out]
+    with job("mask", *outputs, reads=[model, calibration, config]) as details:
         pipe = source.load(model, load, encoders=False)
         found, curve = make_mask(
             pipe,
@@ -112,7 +120,7 @@ def mask(
             calibration=record,
             settings=chosen,
             # What an interrupted job continues from; not an output, which retries would remove.
-            scratch=out.with_name("unfinished.safetensors"),
+            scratch=unfinished(out),
         )
         if not Workers(pipe.device).is_first:
             raise typer.Exit
@@ -142,6 +150,7 @@ def prune(
     from ecodiff.mask import Mask
     from ecodiff.models.saving import save
     from ecodiff.prune.cut import prune as cut
+    from ecodiff.runtime.artifacts import atomic
 
     if grams and calibration:
         raise UserError(
@@ -151,13 +160,21 @@ def prune(
     chosen = source.read(PruneSettings, settings, "prune")
     wanted, data = Mask.load(mask), Grams.load(grams) if grams else None
     data = Calibration.load(calibration) if calibration else data
-    with job("prune", out, model=model, compensation=data is not None) as details:
+    with job(
+        "prune",
+        folders=[out],
+        reads=[model, mask, grams, calibration, config],
+        bytes_needed=weight_bytes(model),
+        model=model,
+        compensation=data is not None,
+    ) as details:
         pipe = source.load(model, load)
         if percent is not None:
             wanted = wanted.at(pipe, percent / 100)
         cut(pipe, wanted, data, chosen)
-        save(pipe, out)
-        wanted.save(out / "mask.safetensors")
+        with atomic(out, folder=True) as folder:
+            save(pipe, folder)
+            wanted.save(folder / "mask.safetensors")
         details |= {"mask": wanted.info, **chosen.model_dump()}
 
 
@@ -177,17 +194,27 @@ def retrain(
     from ecodiff.models.saving import save
     from ecodiff.models.structures import denoiser_of
     from ecodiff.retrain.train import retrain as train
+    from ecodiff.runtime.artifacts import atomic
 
     source = Source(config, of)
     chosen = source.of_model(RetrainSettings, settings, "retrain", kind)
     data = Calibration.load(record)
-    with job("retrain", out, model=model, data=str(record), **chosen.model_dump()):
+    with job(
+        "retrain",
+        folders=[out],
+        reads=[model, record, dense, config],
+        bytes_needed=weight_bytes(model),
+        model=model,
+        data=str(record),
+        **chosen.model_dump(),
+    ):
         pipe, teacher = source.load(model, load), None
         if dense and chosen.distillation:
             teacher = denoiser_of(source.load(dense, load, encoders=False))
         curve = train(pipe, data, chosen, teacher)
-        save(pipe, out)
-        curve.to_csv(out / "history.csv", index=False)
+        with atomic(out, folder=True) as folder:
+            save(pipe, folder)
+            curve.to_csv(folder / "history.csv", index=False)
 
 
 def generate(
@@ -210,5 +237,13 @@ def generate(
     source, rows = Source(config, of), read_prompts(table)
     arguments = source.call(call)
     rows = shard_of(rows, shard, shard_size or len(rows))
-    with job("generate", out, model=model, prompts=str(table), call=arguments):
+    with job(
+        "generate",
+        folders=[out],
+        reads=[model, table, config],
+        bytes_needed=2 * arguments["height"] * arguments["width"] * len(rows),  # of a png
+        model=model,
+        prompts=str(table),
+        call=arguments,
+    ):
         draw(source.load(model, load), rows, arguments, batch_size, out)

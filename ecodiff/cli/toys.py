@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from ecodiff.cli.common import job
+
 app = typer.Typer(help=__doc__, no_args_is_help=True)
 
 
@@ -19,7 +21,8 @@ def train(
     """Train one toy from nothing."""
     from ecodiff.toys.making import make
 
-    make(name, out, vae)
+    with job("toys.making", folders=[out], reads=[vae]):
+        make(name, out, vae)
 
 
 @app.command()
@@ -30,4 +33,5 @@ def gallery(
     """Draw 32 captions that a toy never saw, with the checker's verdicts."""
     from ecodiff.toys.gallery import gallery as draw
 
-    draw(source, out)
+    with job("toys.gallery", out, reads=[source]):
+        draw(source, out)

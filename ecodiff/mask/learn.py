@@ -25,7 +25,7 @@ from torch import Tensor
 from ecodiff.calibrate import Calibration
 from ecodiff.config.sections import MaskSettings
 from ecodiff.mask.learner import Learner
-from ecodiff.runtime.artifacts import code_hash
+from ecodiff.runtime.code import code_hash
 from ecodiff.runtime.errors import Stopped, UserError
 from ecodiff.runtime.state import State, Termination
 from ecodiff.trajectory.rollout import frozen
@@ -143,7 +143,9 @@ def _tensorboard(scratch: Path | None) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return None if scratch is None else SummaryWriter(scratch.with_name("tensorboard"))
+    if scratch is None:
+        return None
+    return SummaryWriter(scratch.with_name(f"{scratch.stem.lstrip('.')}.tensorboard"))
 
 
 @contextmanager

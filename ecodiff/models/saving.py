@@ -25,7 +25,6 @@ from ecodiff.models.structures import Structure, discover
 from ecodiff.runtime.artifacts import atomic
 from ecodiff.runtime.errors import UserError, first_line
 
-MARKER = "ecodiff.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 SHARD = "5GB"  # the largest file that is written
 
@@ -45,18 +44,13 @@ def save(pipe: DiffusionPipeline, folder: str | Path) -> None:
 
     Args:
         pipe: the pipeline; weights keep their dtype.
-        folder: made, or replaced when it is one that this function wrote.
+        folder: made, or replaced when it is one that ecodiff wrote.
 
     Raises:
         UserError: the folder holds something else.
     """
-    folder = Path(folder).resolve()
-    is_ours = folder.is_dir() and ((folder / MARKER).is_file() or not any(folder.iterdir()))
-    if folder.exists() and not is_ours:
-        raise UserError(f"{folder}: exists and was not written by ecodiff; choose another folder")
-    with atomic(folder) as scratch:
+    with atomic(folder, folder=True) as scratch:
         pipe.save_pretrained(scratch, safe_serialization=True, max_shard_size=SHARD)
-        (scratch / MARKER).write_text(json.dumps({"format": 1}) + "\n")
 
 
 def load(

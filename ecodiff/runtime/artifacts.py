@@ -5,47 +5,190 @@ Imports no torch.
 
 from __future__ import annotations
 
-import ast
-import hashlib
+import errno
+import fcntl
 import json
 import os
 import platform
 import shutil
-import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from functools import cache
+from glob import escape
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
-PACKAGE = Path(__file__).parents[1]
+from ecodiff.runtime.code import code_hash, git_commit
+from ecodiff.runtime.errors import UserError, errno_of
+
 LIBRARIES = ("ecodiff", "torch", "diffusers", "transformers", "peft", "open_clip_torch")
-# How files are written and errors told changes no result; the values of settings reach a stage as
-# parameters, which Snakemake compares by themselves.
-SHAPE_NO_RESULT = ("ecodiff.config", "ecodiff.runtime.artifacts", "ecodiff.runtime.errors")
+MARKER = "ecodiff.json"  # lies in every folder that `atomic` writes
+LOCK = "{}.lock"  # in the scratch folder of an output
+ELSEWHERE = "choose another place or remove it"
+
+
+def check_output(
+    out: str | Path,
+    stage: str,
+    *,
+    folder: bool = False,
+    others: Iterable[str | Path | None] = (),
+    bytes_needed: int = 0,
+) -> None:
+    """Before any work: may a command of `stage` write `out`, and is there a place for it?
+
+    Args:
+        folder: whether `out` is a folder or a file.
+        others: what the command reads, or writes as well; None is skipped.
+        bytes_needed: about how large `out` will be.
+
+    Raises:
+        UserError: `out` exists and is not what the stage wrote, or is, holds or lies in another.
+        OSError: the disk does not take it.
+    """
+    place = _real(out)
+    for other in map(_real, filter(None, others)):
+        if place == other or place in other.parents or other in place.parents:
+            how = "is" if place == other else "holds" if place in other.parents else "lies in"
+            raise UserError(
+                f"{out}: {how} {other}, an input or another output; choose another place"
+            )
+    _check_place(place, folder)
+    writer = _writer(Path(out))
+    if place.exists() and writer != stage and (writer or place.is_file()):
+        by = f"was written by the stage {writer}" if writer else "was not written by ecodiff"
+        raise UserError(f"{out}: exists and {by}; {ELSEWHERE}")
+    with _scratch(place) as scratch:
+        manifest_of(scratch / place.name).write_bytes(bytes(4096))
+    free = shutil.disk_usage(place.parent).free
+    if free < bytes_needed:
+        sizes = f"about {bytes_needed / 1e9:.2g} GB are needed, {free / 1e9:.2g} GB are free"
+        raise OSError(errno.ENOSPC, sizes, str(out))
 
 
 @contextmanager
-def atomic(path: str | Path) -> Iterator[Path]:
-    """A path to write a file or a folder at, which becomes `path` when the block succeeds.
+def atomic(path: str | Path, folder: bool = False) -> Iterator[Path]:
+    """A path to write a file at, or an empty folder to fill, that becomes `path` in the end.
 
-    An existing file or folder at `path` is replaced; on an error it stays and nothing is left.
+    A file at `path` is replaced, and so is a folder that this function wrote; on an error it stays
+    and nothing is left. Modes are those that the user's umask gives.
+
+    Raises:
+        UserError: something else is at `path`.
+        OSError: as the block raised it, but about `path`.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # On the same file system, or the last step would be a copy that can be cut short.
-    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    path = _real(path)  # a link stays, what it leads to is replaced
+    _check_place(path, folder)
+    with _scratch(path) as scratch:
+        new, old = scratch / path.name, scratch / f"{path.name}.old"
+        if folder:
+            new.mkdir()
+        yield new
+        if folder:
+            (new / MARKER).write_text('{"format": 1}\n')
+        _follow_umask(new, scratch.stat().st_mode & 0o666)
+        _check_place(path, folder)  # hours may have passed
+        if folder and path.exists():
+            os.replace(path, old)
+        os.replace(new, path)
+
+
+def _real(path: str | Path) -> Path:
+    return Path(os.path.realpath(path))
+
+
+def _check_place(path: Path, folder: bool) -> None:
+    """Raise `UserError` where `atomic` would remove what it never wrote."""
+    here = _real(".")
+    if folder and (path == here or path in here.parents):
+        raise UserError(f"{path}: is or holds the working folder; choose another place")
+    if os.path.ismount(path):
+        raise UserError(f"{path}: a disk is mounted there; choose a place in it")
+    if not path.exists():
+        return
+    if folder != path.is_dir() or not (path.is_dir() or path.is_file()):
+        raise UserError(f"{path}: exists and is no {'folder' if folder else 'file'}; {ELSEWHERE}")
+    if folder and not (path / MARKER).is_file() and any(path.iterdir()):
+        raise UserError(f"{path}: exists and was not written by ecodiff; {ELSEWHERE}")
+
+
+def _follow_umask(new: Path, mode: int) -> None:
+    """Give files the mode of files, where a library made them for their owner alone."""
+    for file in (new, *new.rglob("*")):
+        if file.is_file():
+            file.chmod(mode)
+
+
+@contextmanager
+def _scratch(path: Path) -> Iterator[Path]:
+    """A folder to work in, on the disk of `path`, or the last step would be a copy.
+
+    It holds a file that stays locked for as long as this process lives, so that what a killed one
+    left is known, and removed by whoever writes `path` next.
+    """
     try:
-        yield scratch / path.name
-        if path.is_dir():
-            os.replace(path, scratch / "replaced")
-        os.replace(scratch / path.name, path)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{path}: {path.parent} is or lies in a file, not a folder") from None
+    sweep(path)
+    with _named(path):
+        while True:
+            scratch = path.with_name(f".{path.name}.{uuid4().hex[:8]}")
+            scratch.mkdir()
+            lock = scratch / LOCK.format(path.name)
+            try:
+                with lock.open("w") as held:
+                    with suppress(OSError):  # some network disks lock nothing: nothing is swept
+                        fcntl.flock(held, fcntl.LOCK_EX)
+                    if lock.exists():  # else it was swept before it was locked
+                        yield scratch
+                        return
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+
+
+def sweep(path: Path) -> None:
+    """Remove what killed processes left of their work on `path`."""
+    for lock in path.parent.glob(f".{escape(path.name)}.*/{LOCK.format(escape(path.name))}"):
+        with suppress(OSError):
+            with lock.open("r+") as held:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock.unlink()
+            shutil.rmtree(lock.parent, ignore_errors=True)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """What is raised when a disk fails a library is an OSError that names the output."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        number, file = errno_of(error), getattr(error, "filename", None)
+        inside = str(file).startswith(str(path.with_name(f".{path.name}.")))
+        if number is None or not (file is None or inside):
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def _writer(output: Path) -> str | None:
+    """The stage that wrote an output, by the manifest beside it; None when there is none."""
+    path = manifest_of(output)
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text())["stage"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: exists and was not written by ecodiff; {ELSEWHERE}") from error
+
+
+def manifest_of(output: Path) -> Path:
+    """Where the manifest of an output lies."""
+    return output.with_name(f"{output.name}.manifest.json")
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -65,8 +208,7 @@ def write_manifest(output: str | Path, stage: str, settings: Mapping[str, Any]) 
     Args:
         settings: whatever the stage was asked for: inputs, seeds, settings.
     """
-    output = Path(output)
-    write_json(output.with_name(f"{output.name}.manifest.json"), manifest(stage, settings))
+    write_json(manifest_of(Path(output)), manifest(stage, settings))
 
 
 def manifest(stage: str, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,80 +221,6 @@ def manifest(stage: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         "device": _device(),
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-
-
-def git_commit() -> str | None:
-    """The checked-out commit, with `+` when files differ from it; None outside a repository."""
-    git = ["git", "-C", str(PACKAGE)]
-    try:
-        commit = subprocess.run(
-            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        changed = subprocess.run(
-            [*git, "diff", "--quiet", "HEAD", "--", "."], capture_output=True
-        ).returncode
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return commit + ("+" if changed else "")
-
-
-@cache
-def code_hash(stage: str) -> str:
-    """A hash of the package's modules that a stage imports, directly or not.
-
-    Comments and formatting don't count, so that only changes that can change a result do.
-
-    Args:
-        stage: a module or subpackage of `ecodiff`, such as "mask" or "evaluate.quality".
-
-    Raises:
-        ModuleNotFoundError: there is no such module.
-    """
-    digest = hashlib.sha256()
-    for path in sorted(_sources(stage)):
-        digest.update(path.relative_to(PACKAGE).as_posix().encode())
-        digest.update(ast.dump(ast.parse(path.read_text())).encode())
-    return digest.hexdigest()[:12]
-
-
-def _sources(stage: str) -> set[Path]:
-    """The files of a stage and of all that they import from the package."""
-    folder = PACKAGE.joinpath(*stage.split("."))
-    todo = sorted(folder.glob("*.py")) or _file(f"ecodiff.{stage}")
-    if not todo:
-        raise ModuleNotFoundError(f"ecodiff has no module {stage!r}")
-    found = set[Path]()
-    while todo:
-        path = todo.pop()
-        if path not in found:
-            found.add(path)
-            todo += [file for name in _imports(path) for file in _file(name)]
-    return found
-
-
-def _file(name: str) -> list[Path]:
-    """The file of a dotted name when it is a module or subpackage of ours."""
-    package, *parts = name.split(".")
-    if (
-        package != "ecodiff"
-        or not parts
-        or f"{name}.".startswith(tuple(f"{n}." for n in SHAPE_NO_RESULT))
-    ):
-        return []
-    path = PACKAGE.joinpath(*parts)
-    candidates = (path.with_suffix(".py"), path / "__init__.py")
-    return [file for file in candidates if file.is_file()]
-
-
-def _imports(path: Path) -> Iterator[str]:
-    """The dotted names that a file imports, at its top or within functions."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-            if node.module != "ecodiff":
-                yield node.module
 
 
 def _versions() -> dict[str, str]:

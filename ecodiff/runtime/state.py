@@ -17,10 +17,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ecodiff.runtime.artifacts import atomic
+from ecodiff.runtime.artifacts import atomic, sweep
 from ecodiff.runtime.errors import Stopped
 
 log = logging.getLogger(__name__)
+
+
+def unfinished(out: Path) -> Path:
+    """Where the state of an unfinished output lies: beside it, as retries remove outputs."""
+    return out.with_name(f".{out.name}.unfinished")
 
 
 class Termination:
@@ -111,6 +116,7 @@ class State:
         """Remove the file: the run is finished."""
         if self.path is not None:
             self.path.unlink(missing_ok=True)
+            sweep(self.path)
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {}

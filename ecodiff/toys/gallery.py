@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from ecodiff.models.loading import load_pipeline
+from ecodiff.runtime.artifacts import atomic
 from ecodiff.toys import checker
 from ecodiff.toys.making import CALLS, draw, held_out
 
@@ -26,7 +27,8 @@ def gallery(source: Path, out: Path) -> None:
         f"{source.name}: 32 captions it never saw in training, {met:.0%} drawn as told"
         " (misses framed in red)"
     )
-    figure.savefig(out, dpi=110)
+    with atomic(out) as file:
+        figure.savefig(file, dpi=110)
     plt.close(figure)
 
 

@@ -14,7 +14,9 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 
 from ecodiff.models.pipelines import decode, denoise, encode, starting_noise
+from ecodiff.runtime.artifacts import atomic
 from ecodiff.runtime.errors import UserError
+from ecodiff.runtime.state import unfinished
 from ecodiff.toys import TOYS, checker, clip, flux, sdxl, vae, world
 from ecodiff.toys.training import Recipe, to_tensor
 
@@ -39,33 +41,36 @@ def make(name: str, out: Path, vae_folder: Path | None = None) -> None:
     """
     if name not in TOYS:
         raise UserError(f"toy: {name!r} is not one of {', '.join(TOYS)}")
-    state = out.with_name(f".{out.name}.safetensors")  # of an unfinished training
+    state = unfinished(out)
     if name == "toy-vae":
         model, seconds = vae.train(state=state)
-        model.to(torch.float16).save_pretrained(out)
-        scores = {"round trip, scene accuracy": round_trip(model.float())}
-        write_card(out, name, vae.RECIPE, seconds, scores)
+        with atomic(out, folder=True) as folder:
+            model.to(torch.float16).save_pretrained(folder)
+            scores = {"round trip, scene accuracy": round_trip(model.float())}
+            write_card(folder, name, vae.RECIPE, seconds, scores)
     elif name == "toy-clip":
         model, seconds = clip.train(state=state)
-        clip.save(model, out)
         pictures, captions = held_out()
         scores = {
             f"retrieval among {HELD_OUT}": clip.retrieval(model, to_tensor(pictures), captions)
         }
-        write_card(out, name, clip.RECIPE, seconds, scores)
+        with atomic(out, folder=True) as folder:
+            clip.save(model, folder)
+            write_card(folder, name, clip.RECIPE, seconds, scores)
     else:
         if vae_folder is None:
             raise UserError(f"toy: {name} is trained on toy-vae: give its folder")
         module = sdxl if name == "toy-sdxl" else flux
         pipe, seconds = module.train(AutoencoderKL.from_pretrained(vae_folder), state=state)
-        pipe.to(torch.float16).save_pretrained(out)
-        scores = {
-            f"scene accuracy, {CALLS[name]['num_inference_steps']} steps": accuracy(
-                pipe.to(torch.float32), CALLS[name]
-            ),
-            "round trip of the autoencoder": round_trip(pipe.vae),
-        }
-        write_card(out, name, module.RECIPE, seconds, scores)
+        with atomic(out, folder=True) as folder:
+            pipe.to(torch.float16).save_pretrained(folder)
+            scores = {
+                f"scene accuracy, {CALLS[name]['num_inference_steps']} steps": accuracy(
+                    pipe.to(torch.float32), CALLS[name]
+                ),
+                "round trip of the autoencoder": round_trip(pipe.vae),
+            }
+            write_card(folder, name, module.RECIPE, seconds, scores)
 
 
 def held_out(count: int = HELD_OUT, seed: int = 0) -> tuple[list[np.ndarray], list[str]]:

@@ -9,7 +9,8 @@ import yaml
 from ecodiff.config.plan import Plan
 from ecodiff.config.run import load_config
 from ecodiff.runtime import forkserver
-from ecodiff.runtime.artifacts import code_hash, write_text
+from ecodiff.runtime.artifacts import write_text
+from ecodiff.runtime.code import code_hash
 from ecodiff.runtime.errors import UserError
 from ecodiff.toys import TOYS
 
