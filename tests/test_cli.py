@@ -1,9 +1,11 @@
 import json
+import re
 import sys
 
 import pandas as pd
 import pytest
 import torch
+from disks import mounted
 from imports import loaded_by
 
 from ecodiff import cli
@@ -105,6 +107,93 @@ def test_prompts_leave_a_table_pictures_and_a_manifest(tmp_path):
     assert manifest["settings"]["seed"] == 5
 
 
+MASK = ("--method", "magnitude", "--percent", 10)
+DRAWN = ("--settings", "{source: shapeworld, count: 2}")
+# A verb and the output that stands for something else; there is no model, so what comes first is
+# seen. `d` is a folder of someone's, `f` a file of someone's, `p` and `p.parquet` are prompts.
+REFUSED = {
+    "mask to a folder": ("mask", "none", "d", *MASK),
+    "mask to a file": ("mask", "none", "f", *MASK),
+    "history to a folder": ("mask", "none", "m", *MASK, "--history", "d"),
+    "history to the mask": ("mask", "none", "m", *MASK, "--history", "./m"),
+    "history to a manifest": ("mask", "none", "m", *MASK, "--history", "m.manifest.json"),
+    "mask into its model": ("mask", "d", "d/m", *MASK),
+    "prompts to a folder": ("prompts", "d", *DRAWN),
+    "prompts to a file": ("prompts", "f", *DRAWN),
+    "prompts to their pictures": ("prompts", "q", *DRAWN),
+    "prompts to their source": ("prompts", "f", "--settings", "{source: file, path: f, count: 1}"),
+    "pictures to a folder": ("prompts", "q.parquet", "--pictures", "d", *DRAWN),
+    "pictures around their table": ("prompts", "q/q.parquet", "--pictures", "q", *DRAWN),
+    "images to a folder": ("generate", "none", "p.parquet", "d", "--call", CALL),
+    "images to their table": ("generate", "none", "p.parquet", "p.parquet", "--call", CALL),
+    "images to real ones": ("generate", "none", "p.parquet", "p", "--call", CALL),
+    "images to their folder": ("generate", "none", "p.parquet", ".", "--call", CALL),
+    "images to the root": ("generate", "none", "p.parquet", "/", "--call", CALL),
+    "record to a folder": ("calibrate", "none", "p.parquet", "d", "--call", CALL),
+    "record to its table": ("calibrate", "none", "p.parquet", "p.parquet", "--call", CALL),
+    "record below a file": ("calibrate", "none", "p.parquet", "f/r", "--call", CALL),
+    "figures to a file": ("evaluate", "mask-cost", "none", "p.parquet", "f", "--call", CALL),
+    "a toy to a folder": ("toys", "train", "toy-vae", "--out", "d"),
+}
+
+
+@pytest.fixture
+def desk(tmp_path, monkeypatch):
+    """A working folder with things of someone else's, and prompts."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d/thesis").write_text("years")
+    (tmp_path / "f").write_text("mine")
+    make_prompts(tmp_path)
+    return tmp_path
+
+
+def contents(folder):
+    return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_ecodiff_did_not_write_and_what_it_reads_is_not_touched(desk, capsys, name):
+    before = contents(desk)
+    assert ecodiff(*REFUSED[name]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert re.search("choose another place|not a folder", error)
+    assert contents(desk) == before
+
+
+def test_a_command_replaces_what_it_wrote_before(tmp_path):
+    make_prompts(tmp_path, count=3)
+    assert len(read_prompts(make_prompts(tmp_path, count=2))) == 2
+    assert len([*(tmp_path / "p").glob("*.png")]) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "line", "status"),
+    [("size=5m", "p: about .* MB are free", 1), ("ro", "p: Read-only file system", 2)],
+)
+def test_a_disk_that_will_not_take_it_is_told_first(tmp_path, capsys, options, line, status):
+    (tmp_path / "mask").write_text("")
+    (tmp_path / "model").mkdir()
+    with (tmp_path / "model/a.safetensors").open("wb") as file:
+        file.truncate(6_000_000)
+    words = ("retrain", tmp_path / "model", record_of_one(tmp_path / "record"))
+    with mounted(tmp_path / "disk", options) as disk:
+        assert ecodiff(*words, disk / "p") == status
+        assert not [*disk.iterdir()]
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert re.search(line, error)
+
+
+def record_of_one(path):
+    """A record that is read without its model."""
+    from ecodiff.calibrate import Calibration
+
+    Calibration(["a"], [0], {}, torch.zeros(1, 1), torch.ones(1, 1), {}, "").save(path)
+    return path
+
+
 def test_starting_the_command_needs_no_torch():
     assert not {"torch", "diffusers"} & loaded_by("ecodiff.cli")
 
@@ -177,6 +266,37 @@ def test_learning_and_retraining_leave_their_history(stages):
 
 
 @pytest.mark.slow
+def test_masks_that_were_stopped_in_one_folder_go_on_each_for_itself(stages, tmp_path, monkeypatch):
+    from ecodiff.mask import Mask
+    from ecodiff.mask.learner import Learner
+    from ecodiff.runtime.errors import Stopped
+
+    def learn(name, folder):
+        words = ("--percent", 20, "--settings", "{iterations: 2, batch: 2}", *CPU)
+        words += ("--method", "ecodiff", "--calibration", stages / "calibration.safetensors")
+        return ecodiff("mask", stages / "dense", folder / name, *words)
+
+    seen, differentiate = [], Learner.differentiate
+
+    def stopped(self, iteration):
+        seen.append(iteration)
+        if stop and iteration == 1:
+            raise Stopped
+        return differentiate(self, iteration)
+
+    monkeypatch.setattr(Learner, "differentiate", stopped)
+    stop = True
+    assert [learn(name, tmp_path) for name in "ab"] == [75, 75]
+    stop = False
+    seen.clear()
+    assert learn("a", tmp_path) == 0
+    assert seen == [1]
+    assert [path.name for path in tmp_path.glob(".*")] == [".b.unfinished"]
+    whole = Mask.load(stages / "mask.safetensors")
+    assert all(torch.equal(v, whole.scores[k]) for k, v in Mask.load(tmp_path / "a").scores.items())
+
+
+@pytest.mark.slow
 def test_mask_cost_is_a_table(stages):
     assert pd.read_csv(stages / "cost.csv")["steps"].tolist() == [1, 1, 2, 2]
 
@@ -184,7 +304,7 @@ def test_mask_cost_is_a_table(stages):
 @pytest.mark.slow
 def test_every_output_has_a_manifest(stages):
     outputs = [path for path in stages.iterdir() if "manifest" not in path.name]
-    made_here = {"dense", "clip", "p", "history.csv"}
+    made_here = {"dense", "clip"}
     bare = [
         path.name
         for path in outputs

@@ -177,7 +177,7 @@ def slowly(made, row):
     time.sleep(float(sys.argv[3]))
     return apply(made, row)
 
-def run():
+def run(**_):
     scores, _ = learn.learn_mask(*recorded("flux"), LONG, 0.1, sys.argv[2] + "/state.safetensors")
     torch.save(scores, sys.argv[2] + "/scores.pt")
 

@@ -50,13 +50,15 @@ def check_output(
         OSError: the disk does not take it.
     """
     place = _real(out)
+    _check_place(place, folder)
     for other in map(_real, filter(None, others)):
-        if place == other or place in other.parents or other in place.parents:
-            how = "is" if place == other else "holds" if place in other.parents else "lies in"
+        if place == other:
+            raise UserError(f"{out}: is an input or another output too; choose another place")
+        if place in other.parents or other in place.parents:
+            how = "holds" if place in other.parents else "lies in"
             raise UserError(
                 f"{out}: {how} {other}, an input or another output; choose another place"
             )
-    _check_place(place, folder)
     writer = _writer(Path(out))
     if place.exists() and writer != stage and (writer or place.is_file()):
         by = f"was written by the stage {writer}" if writer else "was not written by ecodiff"
@@ -65,7 +67,7 @@ def check_output(
         manifest_of(scratch / place.name).write_bytes(bytes(4096))
     free = shutil.disk_usage(place.parent).free
     if free < bytes_needed:
-        sizes = f"about {bytes_needed / 1e9:.2g} GB are needed, {free / 1e9:.2g} GB are free"
+        sizes = f"about {bytes_needed / 1e6:,.0f} MB are needed, {free / 1e6:,.0f} MB are free"
         raise OSError(errno.ENOSPC, sizes, str(out))
 
 
@@ -188,7 +190,7 @@ def _writer(output: Path) -> str | None:
 
 def manifest_of(output: Path) -> Path:
     """Where the manifest of an output lies."""
-    return output.with_name(f"{output.name}.manifest.json")
+    return Path(f"{output}.manifest.json")
 
 
 def write_text(path: str | Path, text: str) -> None:
