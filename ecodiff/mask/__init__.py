@@ -1,4 +1,4 @@
-"""Masks: which units of a denoiser stay, by any method that gives each unit a score."""
+"""Masks: which units of a denoiser stay. Any method that gives each unit a score can make one."""
 
 from __future__ import annotations
 
@@ -31,13 +31,14 @@ __all__ = ["Mask", "learn_mask", "make_mask", "score", "select"]
 
 @dataclass
 class Mask:
-    """Scores, the units that stay, and where both come from.
+    """Scores, the units that stay, and how both were made.
 
     Attributes:
         scores: structure name -> fp32 (units,), higher is more important.
         kept: structure name -> bool (units,), true for units that stay.
-        info: model, method, target, exact sparsity, settings; anything that JSON can hold.
-        means: what biases give in the place of units that go, see `Calibration`; none: nothing.
+        info: model, method, target and exact sparsity, settings; values must be JSON.
+        means: module name -> mean activation that a bias supplies once units are removed, see
+            `Calibration.means`. Empty: removed units contribute 0.
     """
 
     scores: dict[str, Tensor]
@@ -51,9 +52,10 @@ class Mask:
         check_scores(structures, {name: value.float() for name, value in self.kept.items()})
 
     def at(self, pipe: DiffusionPipeline, sparsity: float) -> Mask:
-        """The mask of another sparsity by the same scores, selected by the same settings.
+        """The mask for another sparsity: the same scores ranked again, with the same settings.
 
-        Right unless the scores were learned for one sparsity alone. Raises what `select` does.
+        Scores that were learned for one sparsity are usable at others but were not optimised for
+        them. Raises `UserError` when the sparsity is not possible.
         """
         settings = MaskSettings.model_validate(self.info["settings"])
         return replace(
@@ -61,7 +63,7 @@ class Mask:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file, whole or not at all."""
+        """Write one safetensors file atomically."""
         tensors = {f"scores/{name}": v.float().contiguous() for name, v in self.scores.items()}
         tensors |= {f"kept/{name}": value.contiguous() for name, value in self.kept.items()}
         tensors |= {f"means/{name}": value.contiguous() for name, value in self.means.items()}
@@ -70,7 +72,7 @@ class Mask:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read what `save` wrote. Raises `UserError` when the file is missing or not one."""
+        """Read what `save` wrote. Raises `UserError` when the file is missing or no mask."""
         parts: dict[str, dict[str, Tensor]] = {"scores": {}, "kept": {}, "means": {}}
         try:
             with safe_open(path, framework="pt") as file:
@@ -92,20 +94,22 @@ def score(
     settings: MaskSettings | None = None,
     sparsity: float | None = None,
 ) -> Scores:
-    """Score every unit with a method of `config.methods.METHODS`.
+    """Score every unit with one method.
 
     Args:
-        seed: of `random` and `taylor`.
-        calibration: what `calibrate` recorded of this model, for methods that look at it.
-        settings: how to learn, for methods that do, and how gates close; the seed in them counts
-            for `sensitivity` too. The others read the batch size and the number of prompts.
-        sparsity: what to aim at, for methods that learn with the objective `budget`.
+        pipe: the dense pipeline.
+        method: a key of `config.methods.METHODS`.
+        seed: for `random` and `taylor`.
+        calibration: what `calibrate` recorded of this model; needed by methods that look at it.
+        settings: the `mask` section. Methods that learn read all of it; `sensitivity` reads batch,
+            prompts, seed, checkpoint and closed; the others batch and prompts.
+        sparsity: target of the objective `budget`; needed by methods that learn with it.
 
     Returns:
         Structure name -> fp32 (units,), higher is more important.
 
     Raises:
-        UserError: an unknown method, or something that the method needs is missing.
+        UserError: an unknown method, or no calibration or sparsity where the method needs one.
     """
     request = Request(seed, settings or MaskSettings(), calibration, sparsity)
     return scored(pipe, method, request)[0]
@@ -120,11 +124,22 @@ def make_mask(
     settings: MaskSettings | None = None,
     scratch: Path | None = None,
 ) -> tuple[Mask, pd.DataFrame]:
-    """Score with a method, then select: the mask and the history (no rows for baselines).
+    """Score all units with a method, then select those that stay at a sparsity.
 
-    `settings` also says how to select (`scope`, `min_units`, `align`) and seeds `random`. `scratch`
-    holds the state of unfinished learning, see `learn.learn_mask`. Raises what `score` and `select`
-    do.
+    Args:
+        pipe: the dense pipeline.
+        method: a key of `config.methods.METHODS`.
+        sparsity: share of the denoiser's parameters to remove.
+        calibration: what `calibrate` recorded of this model; needed by methods that look at it.
+        settings: the `mask` section: how to score, how to select (`scope`, `min_units`, `align`),
+            and the seed.
+        scratch: file for the state of unfinished learning, see `learn.learn_mask`.
+
+    Returns:
+        The mask, and the history of learning (no rows when the method does not learn).
+
+    Raises:
+        UserError: what `score` and `select` raise.
     """
     settings = settings or MaskSettings()
     denoiser = denoiser_of(pipe)
@@ -156,15 +171,19 @@ def learn_mask(
     call: dict[str, Any] | None = None,
     settings: MaskSettings | None = None,
 ) -> Mask:
-    """Calibrate on prompts, learn (EcoDiff) and select, in one go.
+    """Calibrate on prompts, learn a mask (EcoDiff) and select the units that stay.
 
     Args:
         pipe: the dense pipeline.
-        prompts: calibration captions; a hundred do.
+        prompts: captions of the calibration set; the paper uses 100.
         sparsity: share of the denoiser's parameters to remove.
-        seeds: of the starting noise, a different one a prompt; 0, 1, 2, ... by default.
-        call: how to call the pipeline; its own defaults otherwise.
-        settings: how to learn.
+        seeds: seeds of the starting noise, one per prompt, all different; default 0, 1, 2, ...
+        call: arguments of the pipeline's call, such as `num_inference_steps`, `guidance_scale`,
+            `height` and `width`; the pipeline's own defaults otherwise.
+        settings: the `mask` section; its defaults otherwise.
+
+    Raises:
+        UserError: what `calibrate` and `make_mask` raise.
     """
     settings = settings or MaskSettings()
     seeds = list(range(len(prompts))) if seeds is None else list(seeds)
@@ -179,7 +198,7 @@ def _selected(
     settings: MaskSettings,
     info: Mapping[str, Any] = MappingProxyType({}),
 ) -> Mask:
-    """The mask that scores give at a sparsity; `info` is completed."""
+    """The mask that scores give at a sparsity; adds target, sparsity and parameters to `info`."""
     denoiser = denoiser_of(pipe)
     structures, total = discover(denoiser), count_parameters(denoiser)
     kept = select(structures, found, sparsity, total, **limits_of(settings))
