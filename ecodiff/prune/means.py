@@ -53,7 +53,7 @@ def leave_means(
 
 
 def _absorb(linear: nn.Module, columns: Tensor, mean: Tensor) -> None:
-    """Add W @ mean to a consumer's bias, over all inputs but `columns`, which stay; mean is (in,)."""
+    """Add W @ mean to a consumer's bias, for the inputs that go: all but `columns`; mean (in,)."""
     lost = mean.to(linear.weight.device, torch.float64)
     lost = lost.index_fill(0, columns.to(lost.device), 0.0)
     weight = linear.weight.flatten(1).double()  # a consumer that is a convolution is 1x1
