@@ -14,27 +14,31 @@ from ecodiff.runtime.errors import UserError
 
 
 def _listed(value: Any) -> Any:
-    """A list of one, where only one is given."""
+    """Wrap a single value in a list."""
     return value if isinstance(value, list | tuple) else [value]
 
 
 class VariantSettings(Settings):
-    """A family of variants: one a method, sparsity, seed, and with compensation or without."""
+    """A family of variants: all combinations of methods, sparsities, compensations and seeds."""
 
     method: Annotated[
         tuple[MethodName, ...],
         BeforeValidator(_listed, json_schema_input_type=MethodName | list[MethodName]),
     ]
-    """One, or a list of them."""
+    """One method, or a list of them; docs/methods.md explains them."""
     sparsities: tuple[Share, ...]
-    """Shares of the denoiser's parameters to remove, in whole per cent."""
+    """Shares of the denoiser's parameters to remove, in steps of 0.01. Up to the maskable share of
+    the model, see docs/families.md."""
     compensation: Annotated[
         tuple[bool, ...], BeforeValidator(_listed, json_schema_input_type=bool | list[bool])
     ] = (False,)
-    """Re-solve the surviving weights by least squares; [false, true] for variants of both kinds."""
+    """Re-solve the surviving weights by least squares, without training; see the section `prune`.
+    [false, true] gives variants of both kinds."""
     seeds: tuple[NonNegativeInt, ...] | None = None
-    """A variant for each seed of the scores, instead of one with the seed of the section `mask`."""
+    """One variant for each of these seeds; null: one, with the seed of the section `mask`. Each
+    seed scores all units again."""
     retrain: RetrainKind | None = None
+    """Retrain the pruned model with the settings of `retrain.lora` or `retrain.full`; null: not."""
     models: tuple[Name, ...] | None = None
     """The models it applies to; null: all."""
 
@@ -58,9 +62,16 @@ class VariantSettings(Settings):
 
 @dataclass(frozen=True)
 class Variant:
-    """One version of a model; its name is a folder and a table row.
+    """One version of a model. Its name is used for folders and table rows:
 
     `dense` or `{method}-{percent}[-s{seed}][-comp][-lora|-full]`, such as `ecodiff-30-comp-lora`.
+
+    Attributes:
+        method: a key of `METHODS`, or `dense` for the untouched model.
+        percent: target sparsity in whole per cent.
+        compensation: whether surviving weights are re-solved by least squares.
+        retrain: `lora`, `full` or None.
+        seed: seed of the scores; None: that of the section `mask`.
     """
 
     method: MethodName | Literal["dense"] = "dense"
@@ -71,7 +82,7 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """The inverse of `parse`."""
+        """Its name, which `parse` reads."""
         if self.is_dense:
             return "dense"
         parts = [self.mask, "comp" if self.compensation else None, self.retrain]
@@ -100,12 +111,12 @@ class Variant:
 
     @property
     def scores(self) -> Variant:
-        """The variant that is its mask and nothing else."""
+        """The variant with the same mask, without compensation and retraining."""
         return replace(self, retrain=None, compensation=False)
 
     @classmethod
     def parse(cls, name: str) -> Variant:
-        """The variant of a name; UserError when it is none."""
+        """The variant that a name stands for. Raises `UserError` when the name has another form."""
         match = VARIANT_NAME.fullmatch(name)
         if match is None:
             raise UserError(
