@@ -1,4 +1,4 @@
-"""Figures that show pictures: what variants draw, and where units were removed."""
+"""Figures drawn as pictures: the images of variants, and a map of the units that were removed."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ KINDS = {
     "neurons": "FFN neurons",
     "modulation": "Modulation channels",
 }
-GAP = 6  # white pixels between pictures
-MAX_TICKS = 45  # names of structures that fit below a panel
+GAP = 6  # white pixels between images
+MAX_TICKS = 45  # number of structure names that fit below a panel
 ORDER = ("down", "transformer_blocks", "mid", "single", "up")  # of blocks in a forward pass
 
 
 def pictures(results: Results, model: str) -> Figure:
-    """The first prompts' pictures: rows prompts, columns the dense model and each variant."""
+    """The images of the first prompts: one row per prompt, one column per variant."""
     variants, chosen = results.shown(model), results.captions().iloc[: results.examples]
     cells = [[results.picture(model, v, index) for v in variants] for index in chosen.index]
     height, width = (side + GAP for side in cells[0][0].shape[:2])
@@ -55,7 +55,7 @@ def _header(variant: Variant) -> str:
 
 
 def removed(results: Results, model: str) -> Figure:
-    """Which share of each structure's units went: a panel a kind, a row a mask."""
+    """The share of units removed from each structure: one panel per kind, one row per mask."""
     masks = results.masks(model)
     found = {mask: results.removed(model, mask) for mask in masks}
     names = sorted(next(iter(found.values())), key=_depth)
@@ -81,7 +81,7 @@ def removed(results: Results, model: str) -> Figure:
 
 
 def _depth(name: str) -> tuple[int, list[tuple[bool, str | int]]]:
-    """Sorts names by their place in the denoiser, numbers as numbers."""
+    """Sort key: a structure's place in the forward pass, with numbers compared as numbers."""
     block = next((i for i, part in enumerate(ORDER) if name.startswith(part)), len(ORDER))
     parts = re.split(r"[.]", name)
     return block, [(part.isdigit(), int(part) if part.isdigit() else part) for part in parts]

@@ -1,4 +1,4 @@
-"""Reads a run's folder: the one place of the report that knows where stages leave what."""
+"""Reads a run's folder: the only file of the report that knows where stages write what."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from safetensors import SafetensorError, safe_open
 from ecodiff.config.variants import Variant
 from ecodiff.runtime.errors import UserError
 
-SIDE = 256  # pixels; more than a cell of the picture grid shows
+SIDE = 256  # pixels; images are made smaller than this, which is enough for the grid of images
 
 
 @dataclass(frozen=True)
 class Results:
-    """What a run found.
+    """The results of a run. Methods raise `UserError` when a file is missing or damaged.
 
     Attributes:
         folder: `results/<run>`.
         variants: model -> names of its variants, in the order in which they are shown.
-        prompts: table of the evaluation prompts (parquet).
-        examples: how many of them the picture grid shows.
-        percents: of the variants in figures that have a row or column a variant; None: all.
+        prompts: parquet file of the evaluation prompts.
+        examples: number of prompts in the grid of images.
+        percents: sparsities, in per cent, in figures with one row or column per variant; None: all.
     """
 
     folder: Path
@@ -38,14 +38,14 @@ class Results:
     percents: frozenset[int] | None = None
 
     def of(self, model: str) -> list[Variant]:
-        """The variants of a model."""
+        """All variants of a model. Raises `UserError` when there is no such model."""
         if model not in self.variants:
             raise UserError(f"report: no model {model!r}; there are {', '.join(self.variants)}")
         return [Variant.parse(name) for name in self.variants[model]]
 
     def shown(self, model: str) -> list[Variant]:
-        """The variants of a model that are shown one by one: the dense one, and those of the first
-        seed and of the chosen sparsities."""
+        """The variants in figures with one row or column per variant: the dense one, and those of
+        the first seed and the sparsities `percents`."""
         found = self.of(model)
         first = min((v.seed for v in found if v.seed is not None), default=None)
         return [
@@ -59,22 +59,23 @@ class Results:
         ]
 
     def masks(self, model: str) -> list[Variant]:
-        """The masks among the variants that are shown, each as the variant that is no more."""
+        """The masks of the variants in `shown`, each once, as the variant without compensation and
+        retraining."""
         pruned = [variant for variant in self.shown(model) if not variant.is_dense]
         return list(dict.fromkeys(variant.scores for variant in pruned))
 
     def quality(self, model: str, variant: Variant) -> dict[str, Any]:
-        """What `evaluate quality` found."""
+        """The quality metrics of a variant, from `quality.json`: metric -> value or None."""
         return self._found(model, "quality.json")[variant.name]
 
     def efficiency(self, model: str) -> dict[str, dict[str, Any]] | None:
-        """What `evaluate efficiency` found for each variant; None when it was not measured."""
+        """Variant name -> quantity -> value, from `efficiency.json`; None if not measured."""
         if not (self.folder / model / "efficiency.json").exists():
             return None
         return self._found(model, "efficiency.json")
 
     def mask_cost(self, model: str) -> pd.DataFrame:
-        """What `evaluate mask-cost` found."""
+        """The cost of mask-learning iterations, from `mask_cost.csv`."""
         return read_csv(self.folder / model / "mask_cost.csv")
 
     def sparsity(self, model: str, variant: Variant) -> float:
@@ -89,24 +90,25 @@ class Results:
         return {name: 1 - float(stays.mean()) for name, stays in kept.items()}
 
     def kept(self, model: str, variant: Variant) -> dict[str, np.ndarray]:
-        """Structure name -> bool (units,), what a variant's mask keeps."""
+        """Structure name -> bool (units,), true for units that a variant's mask keeps."""
         return self._mask(model, variant)[0]
 
     def learning(self, model: str, variant: Variant) -> pd.DataFrame:
-        """How the mask of a variant was learned; no rows when it wasn't, or with another one."""
+        """The history of learning a variant's mask; no rows if the method does not learn, or if the
+        scores are those of another sparsity's mask."""
         path = self.folder / model / "masks" / variant.mask / "history.csv"
         return read_csv(path) if path.exists() else pd.DataFrame(columns=["iteration"])
 
     def retraining(self, model: str, variant: Variant) -> pd.DataFrame:
-        """How a variant was retrained."""
+        """The history of a variant's retraining, one row per step."""
         return read_csv(self.folder / model / variant.name / "model" / "history.csv")
 
     def captions(self) -> pd.Series:
-        """The evaluation prompts by their index."""
+        """The evaluation prompts, indexed by their number in the prompt set."""
         return pd.read_parquet(self.prompts).set_index("index")["prompt"]
 
     def picture(self, model: str, variant: Variant, index: int) -> np.ndarray:
-        """The picture of a prompt, made smaller than `SIDE`: uint8 (height, width, 3)."""
+        """A variant's image of a prompt, at most `SIDE` pixels a side: uint8 (height, width, 3)."""
         folder = self.folder / model / variant.name / "images"
         found = list(folder.glob(f"*/{index:05d}.png"))
         if not found:
@@ -116,7 +118,7 @@ class Results:
         return np.asarray(image)
 
     def _found(self, model: str, file: str) -> dict[str, dict[str, Any]]:
-        """What was found for each variant of a model."""
+        """Variant name -> its entry in a json file of a model; `UserError` if one is missing."""
         path = self.folder / model / file
         found = _json(path)
         missing = [name for name in self.variants[model] if name not in found]
@@ -130,8 +132,8 @@ class Results:
 
 
 def read_mask(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """What a mask keeps, structure name -> bool (units,), and its file's metadata; `UserError` when
-    it is missing or damaged."""
+    """Read a mask without torch: structure name -> bool (units,), true for units that stay, and the
+    file's metadata. Raises `UserError` when the file is missing or damaged."""
     try:
         with safe_open(path, framework="np") as file:
             kept = [key for key in file.keys() if key.startswith("kept/")]  # noqa: SIM118
@@ -149,7 +151,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def read_csv(path: Path) -> pd.DataFrame:
-    """A table that a stage left; `UserError` when it is missing or damaged."""
+    """Read a csv file that a stage wrote. Raises `UserError` when it is missing or damaged."""
     try:
         return pd.read_csv(path)
     except (OSError, ValueError) as error:
