@@ -3,7 +3,7 @@
     W', b' = argmin ||W X + b - W' X_kept - b'||^2 + ridge,   X = inputs in the dense model
 
 from the Gram matrix X X^T over all denoising steps. Here each linear is solved as if all the others
-were dense; `in_groups` solves groups of them in turn, on the model as it is by then.
+were dense; `in_groups` solves one group after the other, on the model as compensated so far.
 """
 
 from __future__ import annotations
