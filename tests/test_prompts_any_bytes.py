@@ -131,9 +131,11 @@ def test_a_reader_gives_prompts_or_one_line(folder, data):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[1]}")
-def test_each_reader_gives_prompts_or_one_line(folder, case):
+@examples(2000)
+@given(st.data())
+def test_each_reader_gives_prompts_or_one_line(folder, case, data):
     source, name, _, content = case
-    examples(2000)(given(content)(lambda data: check_reader(folder, source, name, data)))()
+    check_reader(folder, source, name, data.draw(content))
 
 
 def check_table(folder, data):
