@@ -21,14 +21,13 @@ include: "workflow/rules/report.smk"
 include: "workflow/rules/toys.smk"
 
 
-if run.ablations:
+if plan.config.ablations:
 
     include: "workflow/rules/ablations.smk"
 
 
 localrules:
     all,
-    config,
     figures,
     masks,
     pruned,
@@ -41,6 +40,10 @@ rule all:
     input:
         rules.tables.output,
         rules.figures.output,
+
+
+onstart:
+    begin()
 
 
 onsuccess:

@@ -1,5 +1,19 @@
-"""`python -m ecodiff` is the command `ecodiff`."""
+"""The command `ecodiff`, which is `python -m ecodiff` too."""
 
-from ecodiff.cli import main
+import sys
 
-main()
+from ecodiff.runtime.forkserver import ask
+
+
+def main() -> None:
+    """Runs the command, in a process that is ready for it where there is one."""
+    status = ask(sys.argv[1:])
+    if status is not None:
+        raise SystemExit(status)
+    from ecodiff.cli import main as run
+
+    run()
+
+
+if __name__ == "__main__":
+    main()

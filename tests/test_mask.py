@@ -1,15 +1,15 @@
 """Masks as files and as the public verbs make them."""
 
-from typing import get_args
+from dataclasses import replace
 
 import pytest
 import torch
 from tiny import CALLS, tiny
 
-from ecodiff import mask as masks
 from ecodiff.calibrate import calibrate
-from ecodiff.config.sections import BLIND, LEARNED, MaskSettings, Method
-from ecodiff.mask import Mask, learn_mask, make_mask, score
+from ecodiff.config.methods import METHODS, Method
+from ecodiff.config.sections import MaskSettings
+from ecodiff.mask import Mask, learn_mask, make_mask, methods, score
 from ecodiff.models.structures import count_parameters, discover
 from ecodiff.runtime.errors import UserError
 
@@ -77,18 +77,32 @@ def test_the_random_seed_reaches_the_scores(pipe):
     assert any(not torch.equal(first[name], second[name]) for name in first)
 
 
-def test_a_method_of_ones_own_needs_nothing_but_scores(pipe, monkeypatch):
-    def first_go(pipe, request):
-        return {s.name: torch.arange(s.units).float() for s in discover(pipe)}, None
+def first_go(pipe, request):
+    return {s.name: torch.arange(s.units).float() for s in discover(pipe)}
 
-    monkeypatch.setitem(masks.METHODS, "first-go", first_go)
+
+OWN = Method(
+    name="first-go",
+    title="First go",
+    function=f"{__name__}:first_go",
+    score="a unit's place",
+    source="",
+    looks_at="nothing",
+    colours=("#000000", "#111111"),
+)
+
+
+def test_a_method_of_ones_own_needs_a_function_and_an_entry(pipe, monkeypatch):
+    monkeypatch.setitem(METHODS, OWN.name, OWN)
     mask, _ = make_mask(pipe, "first-go", 0.01)
     assert all(kept.tolist() == sorted(kept.tolist()) for kept in mask.kept.values())
 
 
-def test_configs_name_the_methods_that_there_are():
-    assert [*masks.METHODS] == [*get_args(Method)]
-    assert {*LEARNED, *BLIND} < masks.METHODS.keys()
+def test_a_method_may_rank_within_structures(pipe, monkeypatch):
+    monkeypatch.setitem(METHODS, OWN.name, replace(OWN, ranks="structure"))
+    for name, values in score(pipe, OWN.name).items():
+        ranks = (torch.arange(len(values)) + 0.5) / len(values)
+        torch.testing.assert_close(values, ranks, msg=name)
 
 
 def test_an_unknown_method_lists_the_known_ones(pipe):
@@ -104,6 +118,6 @@ def test_learning_needs_a_calibration_and_a_target(pipe):
 
 
 def test_an_unreachable_sparsity_fails_before_any_learning(pipe, monkeypatch):
-    monkeypatch.setitem(masks.METHODS, "ecodiff", lambda *_: pytest.fail("learned"))
+    monkeypatch.setattr(methods, "learned", lambda *_: pytest.fail("learned"))
     with pytest.raises(UserError, match="the range is"):
         make_mask(pipe, "ecodiff", 0.999)

@@ -31,7 +31,7 @@ def recorded(request):
 def test_wanda_weighs_columns_by_the_norm_of_their_input():
     """By hand: both columns sum to 3, and the first unit's input is the larger: 3 * 3 > 3 * 2."""
     found = peers.wanda(Pair(), [PAIR], grams_of("down", torch.diag(torch.tensor([9.0, 4.0]))))
-    assert found["pair.neurons"].tolist() == [0.75, 0.25]
+    assert found["pair.neurons"].tolist() == [9.0, 6.0]
 
 
 def test_obs_ranks_by_the_error_that_is_left_once_the_rest_is_solved_again(monkeypatch):

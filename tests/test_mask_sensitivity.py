@@ -43,7 +43,9 @@ def test_it_is_what_closing_a_gate_costs_to_second_order():
     pipe = tiny("flux").to(torch.float64)  # some units hardly matter
     calibration = calibrate(pipe, PROMPTS, [0, 1, 2, 3], CALL["flux"], batch_size=4)
     seeds = 60
-    found = [sensitivity(pipe, calibration, 4, checkpoint=False, seed=i) for i in range(seeds)]
+    found = [
+        sensitivity(pipe, calibration, batch=4, checkpoint=False, seed=i) for i in range(seeds)
+    ]
     variance = calibration.z0.var().item()
     for structure in discover(pipe):
         drawn = torch.stack([one[structure.name][0] for one in found])
@@ -54,8 +56,8 @@ def test_it_is_what_closing_a_gate_costs_to_second_order():
 
 @pytest.mark.parametrize("how", [{"checkpoint": True}, {"checkpoint": True, "keep_steps": 1}])
 def test_recomputing_steps_or_cutting_batches_changes_nothing(flux, how):
-    plain = sensitivity(*flux, 4, checkpoint=False)
-    other = sensitivity(*flux, 3, **how)
+    plain = sensitivity(*flux, batch=4, checkpoint=False)
+    other = sensitivity(*flux, batch=3, **how)
     for name, values in plain.items():
         assert values.shape == other[name].shape
         torch.testing.assert_close(other[name], values, rtol=1e-4, atol=1e-12)
@@ -63,7 +65,7 @@ def test_recomputing_steps_or_cutting_batches_changes_nothing(flux, how):
 
 def test_parameters_are_left_without_gradients(flux):
     pipe, calibration = flux
-    sensitivity(pipe, calibration, 4)
+    sensitivity(pipe, calibration, batch=4)
     assert all(p.grad is None and p.requires_grad for p in denoiser_of(pipe).parameters())
 
 
@@ -73,7 +75,7 @@ def test_a_gradient_that_is_not_finite_names_its_prompts(flux):
     embeds["prompt_embeds"][2] = torch.nan
     broken = Calibration(**{**vars(calibration), "embeds": embeds})
     with pytest.raises(UserError, match=calibration.prompts[2]):
-        sensitivity(pipe, broken, 1)
+        sensitivity(pipe, broken, batch=1)
 
 
 def test_a_cost_is_the_sensitivity_over_the_share_of_the_parameters():
@@ -139,7 +141,7 @@ def test_the_method_ranks_by_cost_and_learns_nothing(flux):
     mask, history = make_mask(pipe, "sensitivity", 0.1, calibration=calibration, settings=settings)
     assert history.empty
     structures, total = discover(pipe), count_parameters(denoiser_of(pipe))
-    found = sensitivity(pipe, calibration, 4, seed=3, means=calibration.means)
+    found = sensitivity(pipe, calibration, batch=4, seed=3, means=calibration.means)
     expected = costs_of_share(structures, found, total)
     assert all(torch.equal(mask.scores[name], values) for name, values in expected.items())
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ecodiff.config.sections import LearningRates, MaskSettings, Name, Settings, Share
@@ -19,12 +19,14 @@ class Ablation:
         value: what it was changed to.
         sparsity: what the mask is learned for.
         settings: all settings that it is learned with.
+        changes: those that differ from the model's.
     """
 
     setting: str
     value: Any
     sparsity: float
     settings: MaskSettings
+    changes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -59,7 +61,8 @@ class AblationSettings(Settings):
                 if key == "sparsity":
                     found.append(Ablation(key, value, value, base))
                     continue
-                change = dict.fromkeys(LearningRates.model_fields, value) if key == "lr" else value
-                settings = MaskSettings.model_validate({**base.model_dump(), key: change})
-                found.append(Ablation(key, value, self.sparsity, settings))
+                rates = dict.fromkeys(LearningRates.model_fields, value)
+                changes = {key: rates if key == "lr" else value}
+                settings = MaskSettings.model_validate({**base.model_dump(), **changes})
+                found.append(Ablation(key, value, self.sparsity, settings, changes))
         return found

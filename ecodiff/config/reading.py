@@ -17,8 +17,17 @@ from ecodiff.runtime.reading import read_text
 S = TypeVar("S", bound=BaseModel)
 
 
-def read_settings(kind: type[S], source: str | Path | Mapping[str, Any] | None) -> S:
+def read_settings(
+    kind: type[S],
+    source: str | Path | Mapping[str, Any] | None,
+    base: Mapping[str, Any] | None = None,
+) -> S:
     """Settings of a section from a mapping, a YAML file or YAML text; None gives the defaults.
+
+    Args:
+        kind: the section's class.
+        source: what to read.
+        base: values that `source` is put over, key by key, instead of over the defaults.
 
     Raises:
         UserError: with one line on the first thing that is wrong.
@@ -34,9 +43,17 @@ def read_settings(kind: type[S], source: str | Path | Mapping[str, Any] | None) 
         except yaml.YAMLError as error:
             raise UserError(f"{where}not YAML: {' '.join(str(error).split())}") from None
     try:
-        return kind.model_validate({} if source is None else source)
+        changes = {} if source is None else source
+        return kind.model_validate(changes if base is None else merged(base, changes))
     except ValidationError as error:
         raise UserError(where + explain(error, kind)) from None
+
+
+def merged(base: Any, changes: Any) -> Any:
+    """`base` with the keys of `changes` put over it, section by section."""
+    if not isinstance(base, Mapping) or not isinstance(changes, Mapping):
+        return base if changes is None else changes
+    return {**base, **{key: merged(base.get(key), value) for key, value in changes.items()}}
 
 
 def explain(error: ValidationError, kind: type[BaseModel]) -> str:

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError, model_validator
 
 from ecodiff.config.ablations import Ablation, AblationSettings
-from ecodiff.config.reading import explain, read_settings
+from ecodiff.config.reading import explain, merged, read_settings
 from ecodiff.config.sections import (
     CalibrateSettings,
     CallSettings,
@@ -123,13 +123,6 @@ class Config(Settings):
         """The variants of a model, the dense one first."""
         families = [v for v in self.variants if v.models is None or model in v.models]
         return [Variant(), *(variant for family in families for variant in family.variants())]
-
-
-def merged(base: Any, changes: Any) -> Any:
-    """`base` with the keys of `changes` put over it, section by section."""
-    if not isinstance(base, Mapping) or not isinstance(changes, Mapping):
-        return base if changes is None else changes
-    return {**base, **{key: merged(base.get(key), value) for key, value in changes.items()}}
 
 
 def load_config(source: str | Path | Mapping[str, Any]) -> Config:

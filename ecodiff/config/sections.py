@@ -16,21 +16,9 @@ from pydantic import (
     model_validator,
 )
 
-Method = Literal[
-    "ecodiff",
-    "sensitivity",
-    "flat-start",
-    "per-step",
-    "obs",
-    "wanda",
-    "taylor",
-    "depth",
-    "magnitude",
-    "magnitude-local",
-    "random",
-]
-LEARNED = ("ecodiff", "flat-start", "per-step")  # the others score at once, for all sparsities
-BLIND = ("magnitude", "magnitude-local", "random")  # they look at no data
+from ecodiff.config.methods import METHODS
+
+MethodName = Literal[tuple(METHODS)]  # type: ignore[valid-type]
 RetrainKind = Literal["lora", "full"]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
 Share = Annotated[float, Field(gt=0, lt=1)]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, NonNegativeInt, model_validator
 
-from ecodiff.config.sections import Method, Name, RetrainKind, Settings, Share
+from ecodiff.config.methods import METHODS
+from ecodiff.config.sections import MethodName, Name, RetrainKind, Settings, Share
 from ecodiff.runtime.errors import UserError
 
 
@@ -21,7 +22,8 @@ class VariantSettings(Settings):
     """A family of variants: one a method, sparsity, seed, and with compensation or without."""
 
     method: Annotated[
-        tuple[Method, ...], BeforeValidator(_listed, json_schema_input_type=Method | list[Method])
+        tuple[MethodName, ...],
+        BeforeValidator(_listed, json_schema_input_type=MethodName | list[MethodName]),
     ]
     """One, or a list of them."""
     sparsities: tuple[Share, ...]
@@ -61,7 +63,7 @@ class Variant:
     `dense` or `{method}-{percent}[-s{seed}][-comp][-lora|-full]`, such as `ecodiff-30-comp-lora`.
     """
 
-    method: Method | Literal["dense"] = "dense"
+    method: MethodName | Literal["dense"] = "dense"
     percent: int = 0
     compensation: bool = False
     retrain: RetrainKind | None = None
@@ -108,7 +110,7 @@ class Variant:
         if match is None:
             raise UserError(
                 f"variant {name!r}: expected dense or "
-                f"({'|'.join(get_args(Method))})-<percent>[-s<seed>][-comp][-lora|-full]"
+                f"({'|'.join(METHODS)})-<percent>[-s<seed>][-comp][-lora|-full]"
             )
         if match["method"] is None:
             return cls()
@@ -118,6 +120,6 @@ class Variant:
 
 
 VARIANT_NAME = re.compile(
-    rf"dense|(?P<method>{'|'.join(get_args(Method))})-(?P<percent>[1-9]\d?)"
+    rf"dense|(?P<method>{'|'.join(METHODS)})-(?P<percent>[1-9]\d?)"
     r"(?:-s(?P<seed>\d+))?(?P<comp>-comp)?(?:-(?P<retrain>lora|full))?"
 )

@@ -17,15 +17,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ecodiff.calibrate import Calibration, calibrate
+from ecodiff.config.methods import METHODS
 from ecodiff.config.sections import MaskSettings
-from ecodiff.mask.methods import GATED, METHODS, Request, Scores, scored
-from ecodiff.mask.select import check_scores, removed_share, select
+from ecodiff.mask.methods import Request, Scores, scored
+from ecodiff.mask.select import check_scores, limits_of, removed_share, select
 from ecodiff.mask.sensitivity import closed_means
 from ecodiff.models.structures import Structure, count_parameters, denoiser_of, discover
 from ecodiff.runtime.artifacts import atomic
 from ecodiff.runtime.errors import UserError
 
-__all__ = ["METHODS", "Mask", "learn_mask", "make_mask", "score", "select"]
+__all__ = ["Mask", "learn_mask", "make_mask", "score", "select"]
 
 
 @dataclass
@@ -91,12 +92,11 @@ def score(
     settings: MaskSettings | None = None,
     sparsity: float | None = None,
 ) -> Scores:
-    """Score every unit with a method of `METHODS`.
+    """Score every unit with a method of `config.methods.METHODS`.
 
     Args:
         seed: of `random` and `taylor`.
-        calibration: what `calibrate` recorded of this model; all methods but `magnitude`,
-            `magnitude-local` and `random` need it.
+        calibration: what `calibrate` recorded of this model, for methods that look at it.
         settings: how to learn, for methods that do, and how gates close; the seed in them counts
             for `sensitivity` too. The others read the batch size and the number of prompts.
         sparsity: what to aim at, for methods that learn with the objective `budget`.
@@ -142,7 +142,7 @@ def make_mask(
     if calibration is not None:
         info |= {"seeds": calibration.seeds, "fingerprint": calibration.fingerprint}
     mask = _selected(pipe, found, sparsity, settings, info)
-    if method in GATED and calibration is not None:
+    if METHODS[method].closes_on_means and calibration is not None:
         mask.means = dict(closed_means(settings, calibration))
     return mask, history
 
@@ -182,7 +182,6 @@ def _selected(
     """The mask that scores give at a sparsity; `info` is completed."""
     denoiser = denoiser_of(pipe)
     structures, total = discover(denoiser), count_parameters(denoiser)
-    limits = (settings.scope, settings.min_units, settings.align)
-    kept = select(structures, found, sparsity, total, *limits)
+    kept = select(structures, found, sparsity, total, **limits_of(settings))
     exact = removed_share(structures, kept, total)
     return Mask(found, kept, {**info, "target": sparsity, "sparsity": exact, "parameters": total})

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ecodiff.calibrate import Calibration
 from ecodiff.config.sections import MaskSettings
 from ecodiff.mask.objective import Budget, Objective, Penalty, distortion, expected_sparsity
-from ecodiff.mask.select import select
+from ecodiff.mask.select import limits_of, select
 from ecodiff.mask.sensitivity import closed_means, costs_of_share, first_logits, sensitivity
 from ecodiff.models.structures import (
     Structure,
@@ -88,8 +88,15 @@ class Learner:
     def _start_from_sensitivity(self) -> None:
         """Logits are log(cost / price): a unit's sensitivity and what it must be worth to stay."""
         settings = self.settings
-        how = (settings.batch, settings.checkpoint, settings.seed, self.keep_steps)
-        found = sensitivity(self.pipe, self.calibration, *how, means=self.gates.means)
+        found = sensitivity(
+            self.pipe,
+            self.calibration,
+            batch=settings.batch,
+            checkpoint=settings.checkpoint,
+            seed=settings.seed,
+            keep_steps=self.keep_steps,
+            means=self.gates.means,
+        )
         costs = costs_of_share(self.gates.structures, found, self.total)
         prices = self.objective.prices(self.gates.structures, costs, self.total)
         with torch.no_grad():
@@ -152,10 +159,9 @@ class Learner:
 
     def _to_remove(self) -> Tensor:
         """The units that would go now: bool (all units,), on the CPU."""
-        settings = self.settings
         logits = {name: value.detach() for name, value in self.gates.logits.items()}
-        limits = (settings.scope, settings.min_units, settings.align)
-        kept = select(self.gates.structures, logits, self.sparsity, self.total, *limits)
+        limits = limits_of(self.settings)
+        kept = select(self.gates.structures, logits, self.sparsity, self.total, **limits)
         return ~torch.cat([*kept.values()])
 
     def _backward(self, rows: list[int], generator: torch.Generator) -> float:
@@ -182,9 +188,15 @@ class Learner:
 
     def _end_to_end(self, embeds: dict[str, Tensor], noise: Tensor, dense: Tensor) -> Tensor:
         """The distance of the final latents (EcoDiff, "end-to-end objective")."""
-        call, settings = self.calibration.call, self.settings
-        how = (settings.checkpoint, self.keep_steps, settings.debug)
-        z0 = rollout(self.pipe, embeds, noise, call, *how)
+        z0 = rollout(
+            self.pipe,
+            embeds,
+            noise,
+            self.calibration.call,
+            checkpoint=self.settings.checkpoint,
+            keep_steps=self.keep_steps,
+            debug=self.settings.debug,
+        )
         return distortion(z0, dense, self.variance)
 
     def _affordable(self) -> int:

@@ -1,9 +1,9 @@
-"""The methods: what each needs, and the scores it gives. All that comes after is shared."""
+"""What each method of `config.methods` computes. All that comes after a score is shared."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +12,16 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from ecodiff.calibrate import Calibration, gather_grams
+from ecodiff.config.methods import METHODS
 from ecodiff.config.sections import MaskSettings
 from ecodiff.mask import learn, peers, scores
 from ecodiff.mask.sensitivity import closed_means, costs_of_share, sensitivity
 from ecodiff.models.structures import count_parameters, denoiser_of, discover
 from ecodiff.runtime.errors import UserError
 
-PUBLISHED = {"first_logit": 3.0, "closed": "zero"}  # how the paper learns
-# Methods that score what closing a gate does; others score what lies behind it.
-GATED = ("ecodiff", "sensitivity")
-
 Scores = dict[str, Tensor]
+# How the paper learns: all logits start at one value, and a closed gate gives nothing.
+PUBLISHED = {"first_logit": 3.0, "closed": "zero"}
 
 
 @dataclass(frozen=True)
@@ -35,96 +34,102 @@ class Request:
     sparsity: float | None = None
     scratch: Path | None = None
 
-    def recorded(self, method: str) -> Calibration:
-        """The calibration, of the prompts that are to be used; `UserError` without one."""
-        if self.calibration is None:
-            raise UserError(f"method {method}: needs a calibration of this model")
+    def recorded(self) -> Calibration:
+        """The calibration, of the prompts that are to be used."""
+        assert self.calibration is not None, "`scored` asks for it"
         return self.calibration.first(self.settings.prompts)
 
-
-Method = Callable[[DiffusionPipeline, Request], tuple[Scores, pd.DataFrame]]
-
-
-def scored(pipe: DiffusionPipeline, method: str, request: Request) -> tuple[Scores, pd.DataFrame]:
-    """The scores of a method, and the history of its learning; no rows when it does not learn."""
-    if method not in METHODS:
-        raise UserError(f"method: {method!r} is not one of {', '.join(METHODS)}")
-    return METHODS[method](pipe, request)
+    def but(self, **settings: Any) -> Request:
+        """The same with some settings changed."""
+        return replace(self, settings=self.settings.model_copy(update=settings))
 
 
-def _learned(pipe: DiffusionPipeline, request: Request) -> tuple[Scores, pd.DataFrame]:
-    calibration = request.recorded("ecodiff")
+def scored(pipe: DiffusionPipeline, name: str, request: Request) -> tuple[Scores, pd.DataFrame]:
+    """The scores of a method, and the history of its learning; no rows when it does not learn.
+
+    Raises:
+        UserError: there is no such method, or it needs a calibration and there is none.
+    """
+    if name not in METHODS:
+        raise UserError(f"method: {name!r} is not one of {', '.join(METHODS)}")
+    method = METHODS[name]
+    if method.looks_at == "calibration" and request.calibration is None:
+        raise UserError(f"method {name}: needs a calibration of this model")
+    module, _, function = method.function.partition(":")
+    found = getattr(import_module(module), function)(pipe, request)
+    found, history = found if method.learns else (found, pd.DataFrame(columns=list(learn.COLUMNS)))
+    return scores.ranks(found) if method.ranks == "structure" else found, history
+
+
+def learned(pipe: DiffusionPipeline, request: Request) -> tuple[Scores, pd.DataFrame]:
+    """Logits of learned gates, see `mask.learn`."""
     if request.settings.objective == "budget" and request.sparsity is None:
         raise UserError("method ecodiff: the objective budget needs a sparsity to aim at")
-    target = request.sparsity or 0.0
-    return learn.learn_mask(pipe, calibration, request.settings, target, request.scratch)
-
-
-def _learned_with(**settings: Any) -> Method:
-    """Learning with some settings fixed."""
-    return lambda pipe, request: _learned(
-        pipe, replace(request, settings=request.settings.model_copy(update=settings))
+    return learn.learn_mask(
+        pipe, request.recorded(), request.settings, request.sparsity or 0.0, request.scratch
     )
 
 
-def _at_once(find: Callable[[DiffusionPipeline, Request], Scores]) -> Method:
-    """A method that learns nothing, so that its history has no rows."""
-    return lambda pipe, request: (find(pipe, request), pd.DataFrame(columns=list(learn.COLUMNS)))
+def learned_from_a_flat_start(
+    pipe: DiffusionPipeline, request: Request
+) -> tuple[Scores, pd.DataFrame]:
+    """Learning as published."""
+    return learned(pipe, request.but(**PUBLISHED))
 
 
-def _sensitivity(pipe: DiffusionPipeline, request: Request) -> Scores:
-    calibration, settings = request.recorded("sensitivity"), request.settings
-    how = (settings.batch, settings.checkpoint, settings.seed)
-    found = sensitivity(pipe, calibration, *how, means=closed_means(settings, calibration))
+def learned_a_step_at_a_time(
+    pipe: DiffusionPipeline, request: Request
+) -> tuple[Scores, pd.DataFrame]:
+    """The published ablation "per-step loss"."""
+    return learned(pipe, request.but(**PUBLISHED, loss="per-step"))
+
+
+def sensitivities(pipe: DiffusionPipeline, request: Request) -> Scores:
+    """The start of learning as a score, see `mask.sensitivity`."""
+    calibration, settings = request.recorded(), request.settings
+    found = sensitivity(
+        pipe,
+        calibration,
+        batch=settings.batch,
+        checkpoint=settings.checkpoint,
+        seed=settings.seed,
+        means=closed_means(settings, calibration),
+    )
     denoiser = denoiser_of(pipe)
     return costs_of_share(discover(denoiser), found, count_parameters(denoiser))
 
 
-def _magnitude(pipe: DiffusionPipeline, request: Request) -> Scores:
+def magnitude(pipe: DiffusionPipeline, request: Request) -> Scores:
+    """See `scores.magnitude`."""
     return scores.magnitude(denoiser_of(pipe), discover(pipe))
 
 
-def _magnitude_local(pipe: DiffusionPipeline, request: Request) -> Scores:
-    return scores.ranks(_magnitude(pipe, request))
-
-
-def _random(pipe: DiffusionPipeline, request: Request) -> Scores:
+def random(pipe: DiffusionPipeline, request: Request) -> Scores:
+    """See `scores.random`."""
     return scores.random(discover(pipe), request.seed)
 
 
-def _taylor(pipe: DiffusionPipeline, request: Request) -> Scores:
-    calibration = request.recorded("taylor")
-    return peers.taylor(pipe, calibration, request.settings.batch, request.seed)
+def taylor(pipe: DiffusionPipeline, request: Request) -> Scores:
+    """See `peers.taylor`."""
+    return peers.taylor(pipe, request.recorded(), request.settings.batch, request.seed)
 
 
-def _wanda(pipe: DiffusionPipeline, request: Request) -> Scores:
-    structures, calibration = discover(pipe), request.recorded("wanda")
-    grams = gather_grams(pipe, structures, calibration, request.settings.batch)
+def wanda(pipe: DiffusionPipeline, request: Request) -> Scores:
+    """See `peers.wanda`."""
+    structures = discover(pipe)
+    grams = gather_grams(pipe, structures, request.recorded(), request.settings.batch)
     return peers.wanda(denoiser_of(pipe), structures, grams)
 
 
-def _obs(pipe: DiffusionPipeline, request: Request) -> Scores:
-    structures, calibration = discover(pipe), request.recorded("obs")
+def obs(pipe: DiffusionPipeline, request: Request) -> Scores:
+    """See `peers.obs`."""
+    structures = discover(pipe)
     grams = gather_grams(
-        pipe, structures, calibration, request.settings.batch, peers.decreasing_weight
+        pipe, structures, request.recorded(), request.settings.batch, peers.decreasing_weight
     )
     return peers.obs(denoiser_of(pipe), structures, grams)
 
 
-def _depth(pipe: DiffusionPipeline, request: Request) -> Scores:
-    return peers.depth(pipe, request.recorded("depth"), request.settings.batch)
-
-
-METHODS: dict[str, Method] = {
-    "ecodiff": _learned,
-    "sensitivity": _at_once(_sensitivity),
-    "flat-start": _learned_with(**PUBLISHED),
-    "per-step": _learned_with(**PUBLISHED, loss="per-step"),
-    "obs": _at_once(_obs),
-    "wanda": _at_once(_wanda),
-    "taylor": _at_once(_taylor),
-    "depth": _at_once(_depth),
-    "magnitude": _at_once(_magnitude),
-    "magnitude-local": _at_once(_magnitude_local),
-    "random": _at_once(_random),
-}
+def depth(pipe: DiffusionPipeline, request: Request) -> Scores:
+    """See `peers.depth`."""
+    return peers.depth(pipe, request.recorded(), request.settings.batch)

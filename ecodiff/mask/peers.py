@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ecodiff.calibrate import Calibration, Grams
-from ecodiff.mask.scores import ranks, sum_over_lines, sum_over_unit
+from ecodiff.mask.scores import sum_over_lines, sum_over_unit
 from ecodiff.models.structures import Port, Structure, denoiser_of, discover
 from ecodiff.trajectory.denoising_loss import conditioned, objective
 
@@ -28,8 +28,8 @@ HIGHEST, LOWEST = 1.2, 0.8  # OBS-Diff's weights of the first and of the last st
 
 @torch.no_grad()
 def wanda(denoiser: nn.Module, structures: Sequence[Structure], grams: Grams) -> dict[str, Tensor]:
-    """Weight times activation: sum of |W_ij| ||X_j|| over a unit's consumer columns, ranked within
-    each structure (Sun et al. 2024, "A Simple and Effective Pruning Approach for LLMs", "Pruning
+    """Weight times activation: sum of |W_ij| ||X_j|| over a unit's consumer columns (Sun et al.
+    2024, "A Simple and Effective Pruning Approach for LLMs", "Pruning
     Metric"; by columns, as its structured descendants).
 
     Modulation has no consumer and is kept: infinite. Structure name -> fp32 (units,), on the CPU.
@@ -41,12 +41,12 @@ def wanda(denoiser: nn.Module, structures: Sequence[Structure], grams: Grams) ->
             norms = grams.gram[port.module].diagonal().sqrt()
             weight = _matrix(denoiser, port).abs().to(norms)
             found[s.name] += sum_over_lines(s, port, weight.sum(0) * norms)
-    return _only_consumed(structures, ranks(found))
+    return _only_consumed(structures, found)
 
 
 @torch.no_grad()
 def obs(denoiser: nn.Module, structures: Sequence[Structure], grams: Grams) -> dict[str, Tensor]:
-    """What a unit's removal costs once all else is re-solved, ranked within each structure.
+    """What a unit's removal costs once all else is re-solved.
 
     The optimal brain surgeon's saliency, tr(W_B [H^-1]_BB^-1 W_B^T) for the columns B of a unit, as
     in OBS-Diff ("Timestep-aware Hessian construction", "structured pruning"): the Hessian is that
@@ -68,7 +68,7 @@ def obs(denoiser: nn.Module, structures: Sequence[Structure], grams: Grams) -> d
             for unit, own in enumerate(columns.transpose(0, 1).flatten(1).to(weight.device)):
                 block = torch.linalg.inv(inverse[own][:, own])
                 found[s.name][unit] += (weight[:, own] @ block * weight[:, own]).sum().cpu().float()
-    return _only_consumed(structures, ranks(found))
+    return _only_consumed(structures, found)
 
 
 def decreasing_weight(step: int, steps: int) -> float:
@@ -81,8 +81,8 @@ def decreasing_weight(step: int, steps: int) -> float:
 def taylor(
     pipe: DiffusionPipeline, calibration: Calibration, batch: int, seed: int = 0
 ) -> dict[str, Tensor]:
-    """Sum of |weight x gradient| over a unit's weights, ranked within each structure (Fang et al.
-    2023, "Structural Pruning for Diffusion Models": Diff-Pruning).
+    """Sum of |weight x gradient| over a unit's weights (Diff-Pruning; Fang et al. 2023,
+    "Structural Pruning for Diffusion Models").
 
     The gradient is that of the model's own training loss on the dense model's latents, summed over
     timesteps from little noise to much, as far as their loss exceeds a share of the largest.
@@ -122,7 +122,7 @@ def taylor(
     def products(module: str) -> Tensor:
         return (weights[module].detach().float() * sums[module]).abs()
 
-    return ranks({s.name: sum_over_unit(s, products) for s in structures})
+    return {s.name: sum_over_unit(s, products) for s in structures}
 
 
 @torch.no_grad()

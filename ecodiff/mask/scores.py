@@ -33,9 +33,14 @@ def random(structures: Sequence[Structure], seed: int) -> dict[str, Tensor]:
 
 
 def ranks(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Each unit's rank within its structure, in (0, 1): every structure loses the same share."""
+    """Each unit's rank within its structure, in (0, 1): every structure loses the same share.
+
+    Infinite scores, of units that are not to go, stay infinite.
+    """
     return {
-        name: (values.argsort(stable=True).argsort() + 0.5) / len(values)
+        name: torch.where(
+            values.isinf(), values, (values.argsort(stable=True).argsort() + 0.5) / len(values)
+        )
         for name, values in scores.items()
     }
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from ecodiff.config.sections import MaskSettings
 from ecodiff.models.structures import Structure
 from ecodiff.runtime.errors import UserError
 
@@ -20,6 +21,7 @@ def select(
     scores: Mapping[str, Tensor],
     sparsity: float,
     total_parameters: int,
+    *,
     scope: Scope = "global",
     floor: int = 0,
     align: int = 1,
@@ -69,6 +71,11 @@ def select(
     for (structure, units, _, own), first in zip(ranked, firsts, strict=False):
         kept[structure.name][units[goes[own + first]]] = False
     return kept
+
+
+def limits_of(settings: MaskSettings) -> dict[str, Any]:
+    """What the section `mask` says of how `select` selects, as its keywords."""
+    return {"scope": settings.scope, "floor": settings.min_units, "align": settings.align}
 
 
 def _groups(structure: Structure, floor: int, align: int) -> Tensor:

@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 def sensitivity(
     pipe: DiffusionPipeline,
     calibration: Calibration,
+    *,
     batch: int,
     checkpoint: bool = True,
     seed: int = 0,
@@ -69,7 +70,14 @@ def sensitivity(
         embeds, noise, _ = calibration.batch(rows, denoiser.device)
         leaves = gates.open(len(rows))
         with frozen(denoiser), gates.attached(denoiser):
-            z0 = rollout(pipe, embeds, noise, calibration.call, checkpoint, keep_steps)
+            z0 = rollout(
+                pipe,
+                embeds,
+                noise,
+                calibration.call,
+                checkpoint=checkpoint,
+                keep_steps=keep_steps,
+            )
             (z0.float() * signs[rows].to(z0.device)).sum().backward()
         # The last block of a joint transformer has outputs that nothing reads.
         gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}

@@ -53,8 +53,15 @@ def prune(
     kept = _kept_units(structures, getattr(mask, "kept", mask))
     settings = settings or PruneSettings()
     if isinstance(data, Calibration):
-        how = (settings.groups, settings.ridge, settings.batch_size)
-        compensate_in_groups(pipe, structures, kept, data, *how)
+        compensate_in_groups(
+            pipe,
+            structures,
+            kept,
+            data,
+            groups=settings.groups,
+            ridge=settings.ridge,
+            batch_size=settings.batch_size,
+        )
     elif data is not None:
         data.check(pipe)
         compensate(denoiser, structures, kept, data, settings.ridge)

@@ -27,6 +27,7 @@ def compensate_in_groups(
     structures: Sequence[Structure],
     kept: Mapping[str, Tensor],
     calibration: Calibration,
+    *,
     groups: int,
     ridge: float,
     batch_size: int,

@@ -6,46 +6,18 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from ecodiff.config.methods import METHODS
 from ecodiff.config.variants import Variant
 
-# Okabe and Ito's palette first, which people with any kind of colour vision can tell apart; the
-# second of a pair is the same method with compensation.
-COLOURS = {
-    "dense": ("#000000", "#000000"),
-    "ecodiff": ("#0072B2", "#56B4E9"),
-    "magnitude": ("#D55E00", "#E69F00"),
-    "random": ("#009E73", "#CC79A7"),
-    "sensitivity": ("#117733", "#44AA77"),
-    "flat-start": ("#6A3D9A", "#B79BD6"),
-    "per-step": ("#332288", "#8877CC"),
-    "obs": ("#882255", "#CC6688"),
-    "wanda": ("#999933", "#CCCC77"),
-    "taylor": ("#661100", "#AA6644"),
-    "depth": ("#666666", "#AAAAAA"),
-    "magnitude-local": ("#AA4400", "#EEBB66"),
-}
+BLACK = "#000000"
 MARKERS = {None: "o", "lora": "^", "full": "s"}
-METHODS = {
-    "dense": "Dense",
-    "ecodiff": "EcoDiff",
-    "sensitivity": "EcoDiff, not learned",
-    "flat-start": "EcoDiff, flat start",
-    "per-step": "EcoDiff a step",
-    "obs": "OBS-Diff score",
-    "wanda": "Wanda",
-    "taylor": "Diff-Pruning",
-    "depth": "Depth",
-    "magnitude": "Magnitude",
-    "magnitude-local": "Magnitude a layer",
-    "random": "Random",
-}
 REMOVED = "Parameters removed (% of the denoiser)"
 RETRAINED = {None: "", "lora": " + LoRA", "full": " + retraining"}
 
 
 def colour(variant: Variant) -> str:
     """The colour of a variant's method."""
-    return COLOURS[variant.method][variant.compensation]
+    return BLACK if variant.is_dense else METHODS[variant.method].colours[variant.compensation]
 
 
 def look(variant: Variant) -> dict[str, Any]:
@@ -59,7 +31,8 @@ def look(variant: Variant) -> dict[str, Any]:
 def method(variant: Variant) -> str:
     """What a variant's method is called, such as "EcoDiff + least squares"."""
     compensated = " + least squares" if variant.compensation else ""
-    return METHODS[variant.method] + compensated + RETRAINED[variant.retrain]
+    title = "Dense" if variant.is_dense else METHODS[variant.method].title
+    return title + compensated + RETRAINED[variant.retrain]
 
 
 def label(variant: Variant) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import logging
 import tempfile
@@ -14,6 +15,7 @@ import psutil
 import torch
 
 log = logging.getLogger(__name__)
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc, malloc.h
 _leases: list[TextIO] = []  # a lease lasts as long as its process
 
 
@@ -44,6 +46,20 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep the memory that tensors give back, for the next ones.
+
+    Each denoising step frees and takes the same large blocks. Returned to the system, as glibc does
+    by default, they are cleared page by page when they come back: a fifth of the time on a CPU.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return  # not glibc
+    mallopt(M_MMAP_THRESHOLD, 32 << 20)  # the largest that it takes
+    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _lease(name: str, folder: Path | None = None) -> bool:

@@ -27,6 +27,7 @@ def rollout(
     embeds: dict[str, Tensor],
     noise: Tensor,
     call: Call,
+    *,
     checkpoint: bool = True,
     keep_steps: int = 0,
     debug: bool = False,

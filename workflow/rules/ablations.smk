@@ -1,5 +1,8 @@
 # What each setting of mask learning does, varied alone. No part of `all`.
-use rule mask as ablation with:
+rule ablation:
+    input:
+        model=of(plan.dense_files),
+        calibration=of(plan.calibration),
     output:
         mask="<results>/{model}/ablations/{ablation}/mask.safetensors",
         history="<results>/{model}/ablations/{ablation}/history.csv",
@@ -8,24 +11,35 @@ use rule mask as ablation with:
     benchmark:
         "<benchmarks>/{model}/ablations/{ablation}.tsv"
     wildcard_constraints:
-        ablation=one_of(name for found in ABLATIONS.values() for name in found),
+        ablation=one_of(plan.ablation_names()),
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        gpu=resource("gpu"),
+        mem_mb=resource("mem_mb"),
+        runtime=resource("runtime"),
     params:
-        source=lookup(dpath="models/{model}/source", within=config),
+        config=CONFIG,
+        source=of(plan.source),
         load=settings("models/{model}/load"),
-        method="ecodiff",
-        percent=lambda wildcards: round(100 * ablation_of(wildcards).sparsity),
-        settings=lambda wildcards: ablation_of(wildcards).settings.model_dump_json(
-            exclude_none=True
-        ),
+        mask=lambda wildcards: plan.ablation(
+            wildcards.model, wildcards.ablation
+        ).settings.model_dump(),
+        aim=of(plan.ablation_aim),
         launch=launch,
         code=code_hash("mask"),
+    shell:
+        "{params.launch}ecodiff mask {params.source:q} {output.mask:q} {params.aim:q}"
+        " --config {params.config:q} --model {wildcards.model} --calibration {input.calibration:q} --history {output.history:q}"
+        " > {log:q} 2>&1"
 
 
 rule mask_error:
     input:
-        model=dense_files,
-        record=f"<results>/{{model}}/{run.ablations.prompts}.safetensors",
-        masks=masks_of_ablations,
+        model=of(plan.dense_files),
+        record=of(plan.ablation_record),
+        masks=of(plan.ablation_masks),
     output:
         "<results>/{model}/ablations/mask_error.csv",
     log:
@@ -40,21 +54,24 @@ rule mask_error:
         mem_mb=resource("mem_mb"),
         runtime=resource("runtime"),
     params:
-        source=lookup(dpath="models/{model}/source", within=config),
+        config=CONFIG,
+        source=of(plan.source),
         load=settings("models/{model}/load"),
         masks=each("--mask", "masks"),
-        sparsities=[f"--sparsity {sparsity}" for sparsity in run.ablations.judged_at],
-        batch_size=lookup(dpath="calibrate/batch_size", within=config),
+        sparsities=[
+            word for share in plan.config.ablations.judged_at for word in ("--sparsity", share)
+        ],
+        batch_size=settings("calibrate/batch_size"),
         code=code_hash("evaluate.mask_error"),
     shell:
-        "ecodiff evaluate mask-error {params.source} {input.record} {output} --load {params.load:q}"
-        " {params.masks} {params.sparsities} --batch-size {params.batch_size} > {log} 2>&1"
+        "ecodiff evaluate mask-error {params.source:q} {input.record:q} {output:q}"
+        " --config {params.config:q} --model {wildcards.model} {params.masks:q} {params.sparsities} --batch-size {params.batch_size}"
+        " > {log:q} 2>&1"
 
 
 rule ablations:
     input:
-        config="<results>/config.yaml",
-        errors=of_models("ablations/mask_error.csv"),
+        errors=plan.of_models("ablations/mask_error.csv"),
     output:
         report(
             multiext("<results>/tables/ablations", ".csv", ".md"),
@@ -74,6 +91,8 @@ rule ablations:
     conda:
         "../../environment.yml"
     params:
+        config=CONFIG,
+        shown=[settings(part) for part in ("ablations", "report")],
         code=code_hash("report.ablations"),
     shell:
-        "ecodiff report ablations $(dirname {input.config}) > {log} 2>&1"
+        "ecodiff report ablations $(dirname {params.config:q}) > {log:q} 2>&1"

@@ -1,7 +1,7 @@
 # One record a model and prompt set, which all masks and retrainings read.
 rule calibrate:
     input:
-        model=dense_files,
+        model=of(plan.dense_files),
         prompts="<results>/prompts/{set}.parquet",
     output:
         "<results>/{model}/{set}.safetensors",
@@ -17,21 +17,22 @@ rule calibrate:
         mem_mb=resource("mem_mb"),
         runtime=resource("runtime"),
     params:
-        source=lookup(dpath="models/{model}/source", within=config),
+        config=CONFIG,
+        source=of(plan.source),
         load=settings("models/{model}/load"),
         call=settings("models/{model}/call"),
-        batch_size=lookup(dpath="calibrate/batch_size", within=config),
+        batch_size=settings("calibrate/batch_size"),
         code=code_hash("calibrate"),
     shell:
-        "ecodiff calibrate {params.source} {input.prompts} {output} --load {params.load:q}"
-        " --call {params.call:q} --batch-size {params.batch_size} > {log} 2>&1"
+        "ecodiff calibrate {params.source:q} {input.prompts:q} {output:q}"
+        " --config {params.config:q} --model {wildcards.model} --batch-size {params.batch_size} > {log:q} 2>&1"
 
 
 # Only when a variant is compensated.
 rule grams:
     input:
-        model=dense_files,
-        calibration=calibration,
+        model=of(plan.dense_files),
+        calibration=of(plan.calibration),
     output:
         "<results>/{model}/grams.safetensors",
     log:
@@ -46,10 +47,11 @@ rule grams:
         mem_mb=resource("mem_mb"),
         runtime=resource("runtime"),
     params:
-        source=lookup(dpath="models/{model}/source", within=config),
+        config=CONFIG,
+        source=of(plan.source),
         load=settings("models/{model}/load"),
-        batch_size=lookup(dpath="calibrate/batch_size", within=config),
+        batch_size=settings("calibrate/batch_size"),
         code=code_hash("calibrate"),
     shell:
-        "ecodiff grams {params.source} {input.calibration} {output} --load {params.load:q}"
-        " --batch-size {params.batch_size} > {log} 2>&1"
+        "ecodiff grams {params.source:q} {input.calibration:q} {output:q}"
+        " --config {params.config:q} --model {wildcards.model} --batch-size {params.batch_size} > {log:q} 2>&1"

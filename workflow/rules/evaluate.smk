@@ -1,10 +1,10 @@
 # One job a model: networks, texts and real images are read once for all of its variants.
 rule quality:
     input:
-        prompts=f"<results>/prompts/{run.evaluate.prompts}.parquet",
-        pictures=f"<results>/prompts/{run.evaluate.prompts}",
-        images=shards_of_variants,
-        clip=clip_files(),
+        prompts=plan.evaluated(),
+        pictures=f"<results>/prompts/{plan.config.evaluate.prompts}",
+        images=of(plan.shards_of_all),
+        clip=plan.clip_files(),
     output:
         "<results>/{model}/quality.json",
     log:
@@ -19,21 +19,22 @@ rule quality:
         mem_mb=8000,
         runtime=resource("runtime"),
     params:
-        settings=quality_settings(),
-        variants=names_and_shards,
+        config=CONFIG,
+        settings=plan.config.evaluate.model_dump(exclude={"prompts", "efficiency", "mask_cost"}),
+        variants=of(plan.shards_by_variant),
         code=code_hash("evaluate.quality"),
     shell:
-        "ecodiff evaluate quality {input.prompts} {output} {params.variants}"
-        " --settings {params.settings:q} > {log} 2>&1"
+        "ecodiff evaluate quality {input.prompts:q} {output:q} {params.variants:q}"
+        " --config {params.config:q} > {log:q} 2>&1"
 
 
 # All variants take turns in one process, so that ratios are of one run; it takes all cores, so
 # that it runs alone.
 rule efficiency:
     input:
-        model=dense_files,
-        variants=folders_of,
-        prompts=f"<results>/prompts/{run.evaluate.prompts}.parquet",
+        model=of(plan.dense_files),
+        variants=of(plan.folders),
+        prompts=plan.evaluated(),
     output:
         "<results>/{model}/efficiency.json",
     log:
@@ -48,21 +49,22 @@ rule efficiency:
         mem_mb=resource("mem_mb"),
         runtime=resource("runtime"),
     params:
-        variants=names_and_sources,
+        config=CONFIG,
+        variants=of(plan.source_by_variant),
         load=settings("models/{model}/load"),
         call=settings("models/{model}/call"),
         settings=settings("evaluate/efficiency"),
         code=code_hash("evaluate.efficiency"),
     shell:
-        "ecodiff evaluate efficiency {input.prompts} {output} {params.variants} --load {params.load:q}"
-        " --call {params.call:q} --settings {params.settings:q} > {log} 2>&1"
+        "ecodiff evaluate efficiency {input.prompts:q} {output:q} {params.variants:q}"
+        " --config {params.config:q} --model {wildcards.model} > {log:q} 2>&1"
 
 
 # What a learning iteration costs; alone as well.
 rule mask_cost:
     input:
-        model=dense_files,
-        prompts=f"<results>/prompts/{run.calibrate.prompts}.parquet",
+        model=of(plan.dense_files),
+        prompts=plan.prompts(plan.config.calibrate.prompts),
     output:
         "<results>/{model}/mask_cost.csv",
     log:
@@ -77,11 +79,12 @@ rule mask_cost:
         mem_mb=resource("mem_mb"),
         runtime=resource("runtime"),
     params:
-        source=lookup(dpath="models/{model}/source", within=config),
+        config=CONFIG,
+        source=of(plan.source),
         load=settings("models/{model}/load"),
         call=settings("models/{model}/call"),
         settings=settings("evaluate/mask_cost"),
         code=code_hash("evaluate.mask_cost"),
     shell:
-        "ecodiff evaluate mask-cost {params.source} {input.prompts} {output} --load {params.load:q}"
-        " --call {params.call:q} --settings {params.settings:q} > {log} 2>&1"
+        "ecodiff evaluate mask-cost {params.source:q} {input.prompts:q} {output:q}"
+        " --config {params.config:q} --model {wildcards.model} > {log:q} 2>&1"

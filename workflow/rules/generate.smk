@@ -1,7 +1,7 @@
 rule generate:
     input:
-        model=model_files,
-        prompts=f"<results>/prompts/{run.evaluate.prompts}.parquet",
+        model=of(plan.model_files),
+        prompts=plan.evaluated(),
     output:
         directory("<results>/{model}/{variant}/images/{shard}"),
     log:
@@ -16,13 +16,14 @@ rule generate:
         mem_mb=resource("mem_mb"),
         runtime=resource("runtime"),
     params:
-        source=source_of,
+        config=CONFIG,
+        source=of(plan.source),
         load=settings("models/{model}/load"),
         call=settings("models/{model}/call"),
-        batch_size=lookup(dpath="generate/batch_size", within=config),
-        shard_size=lookup(dpath="generate/shard_size", within=config),
+        batch_size=settings("generate/batch_size"),
+        shard_size=settings("generate/shard_size"),
         code=code_hash("generate"),
     shell:
-        "ecodiff generate {params.source} {input.prompts} {output} --load {params.load:q}"
-        " --call {params.call:q} --batch-size {params.batch_size}"
-        " --shard {wildcards.shard} --shard-size {params.shard_size} > {log} 2>&1"
+        "ecodiff generate {params.source:q} {input.prompts:q} {output:q}"
+        " --config {params.config:q} --model {wildcards.model} --batch-size {params.batch_size}"
+        " --shard {wildcards.shard} --shard-size {params.shard_size} > {log:q} 2>&1"

@@ -1,8 +1,8 @@
 # Learned masks, one for each sparsity or one for all.
 rule mask:
     input:
-        model=dense_files,
-        calibration=calibration,
+        model=of(plan.dense_files),
+        calibration=of(plan.mask_data),
     output:
         mask="<results>/{model}/masks/{mask}/mask.safetensors",
         history="<results>/{model}/masks/{mask}/history.csv",
@@ -11,7 +11,7 @@ rule mask:
     benchmark:
         "<benchmarks>/{model}/mask/{mask}.tsv"
     wildcard_constraints:
-        mask=one_of(v.mask for _, v in PRUNED if v.method in LEARNED),
+        mask=one_of(plan.masks(learned=True)),
     conda:
         "../../environment.yml"
     threads: 1
@@ -20,26 +20,24 @@ rule mask:
         mem_mb=resource("mem_mb"),
         runtime=resource("runtime"),
     params:
-        source=lookup(dpath="models/{model}/source", within=config),
+        config=CONFIG,
+        source=of(plan.source),
         load=settings("models/{model}/load"),
-        method=method_of,
-        percent=lambda wildcards: Variant.parse(wildcards.mask).percent,
-        settings=mask_settings,
+        mask=lambda wildcards: plan.mask_settings(wildcards.model, wildcards.mask).model_dump(),
+        aim=of(plan.aim),
         launch=launch,
         code=code_hash("mask"),
     shell:
-        "{params.launch}ecodiff mask {params.source} {output.mask} --load {params.load:q}"
-        " --method {params.method} --percent {params.percent} --settings {params.settings:q}"
-        " --calibration {input.calibration} --history {output.history} > {log} 2>&1"
+        "{params.launch}ecodiff mask {params.source:q} {output.mask:q} {params.aim:q}"
+        " --config {params.config:q} --model {wildcards.model} --calibration {input.calibration:q} --history {output.history:q}"
+        " > {log:q} 2>&1"
 
 
 # Other methods score all units at once, for all sparsities.
 rule baseline:
     input:
-        model=dense_files,
-        calibration=lambda wildcards: (
-            [] if method_of(wildcards) in BLIND else calibration(wildcards)
-        ),
+        model=of(plan.dense_files),
+        calibration=of(plan.mask_data),
     output:
         "<results>/{model}/masks/{mask}/mask.safetensors",
     log:
@@ -47,7 +45,7 @@ rule baseline:
     benchmark:
         "<benchmarks>/{model}/mask/{mask}.tsv"
     wildcard_constraints:
-        mask=one_of(v.mask for _, v in PRUNED if v.method not in LEARNED),
+        mask=one_of(plan.masks(learned=False)),
     conda:
         "../../environment.yml"
     threads: 1
@@ -56,19 +54,18 @@ rule baseline:
         mem_mb=resource("mem_mb"),
         runtime=resource("runtime"),
     params:
-        source=lookup(dpath="models/{model}/source", within=config),
+        config=CONFIG,
+        source=of(plan.source),
         load=settings("models/{model}/load"),
-        method=method_of,
-        percent=lambda wildcards: Variant.parse(wildcards.mask).percent,
-        settings=mask_settings,
+        mask=lambda wildcards: plan.mask_settings(wildcards.model, wildcards.mask).model_dump(),
+        aim=of(plan.aim),
         calibration=each("--calibration", "calibration"),
         code=code_hash("mask"),
     shell:
-        "ecodiff mask {params.source} {output} --load {params.load:q} --method {params.method}"
-        " --percent {params.percent} --settings {params.settings:q} {params.calibration}"
-        " > {log} 2>&1"
+        "ecodiff mask {params.source:q} {output:q} {params.aim:q}"
+        " --config {params.config:q} --model {wildcards.model} {params.calibration:q} > {log:q} 2>&1"
 
 
 rule masks:
     input:
-        all_masks(),
+        plan.all_masks(),

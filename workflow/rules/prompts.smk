@@ -13,8 +13,9 @@ rule prompts:
         mem_mb=1000,
         runtime=30,
     params:
+        config=CONFIG,
         settings=settings("prompts/{set}"),
         code=code_hash("prompts"),
     shell:
-        "ecodiff prompts {output.table} --pictures {output.pictures}"
-        " --settings {params.settings:q} > {log} 2>&1"
+        "ecodiff prompts {output.table:q} --pictures {output.pictures:q}"
+        " --config {params.config:q} --set {wildcards.set} > {log:q} 2>&1"

@@ -1,8 +1,8 @@
 rule prune:
     input:
-        unpack(compensation_of),
-        model=dense_files,
-        mask=mask_of,
+        unpack(of(plan.compensation)),
+        model=of(plan.dense_files),
+        mask=of(plan.mask),
     output:
         directory("<results>/{model}/{variant}/model"),
     log:
@@ -10,7 +10,7 @@ rule prune:
     benchmark:
         "<benchmarks>/{model}/prune/{variant}.tsv"
     wildcard_constraints:
-        variant=one_of(v.pruned.name for _, v in PRUNED),
+        variant=one_of(variant.pruned.name for _, variant in plan.pruned),
     conda:
         "../../environment.yml"
     threads: 1
@@ -19,19 +19,20 @@ rule prune:
         mem_mb=resource("mem_mb"),
         runtime=resource("runtime"),
     params:
-        source=lookup(dpath="models/{model}/source", within=config),
+        config=CONFIG,
+        source=of(plan.source_of_dense),
         load=settings("models/{model}/load"),
-        percent=percent_of,
-        data=lambda wildcards: [
-            f"--{kind} {path}" for kind, path in compensation_of(wildcards).items()
-        ],
+        percent=of(plan.percent),
+        grams=each("--grams", "grams"),
+        calibration=each("--calibration", "calibration"),
         settings=settings("prune"),
         code=code_hash("prune"),
     shell:
-        "ecodiff prune {params.source} {input.mask} {output} --load {params.load:q} {params.data}"
-        " --percent {params.percent} --settings {params.settings:q} > {log} 2>&1"
+        "ecodiff prune {params.source:q} {input.mask:q} {output:q}"
+        " --percent {params.percent} --config {params.config:q} --model {wildcards.model}"
+        " {params.grams:q} {params.calibration:q} > {log:q} 2>&1"
 
 
 rule pruned:
     input:
-        [f"<results>/{model}/{variant.name}/model" for model, variant in PRUNED],
+        [plan.source(model, variant.name) for model, variant in plan.pruned],

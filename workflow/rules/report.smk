@@ -1,22 +1,9 @@
-# All values of the run, defaults included; what the report reads to know its variants.
-rule config:
-    output:
-        "<results>/config.yaml",
-    log:
-        "<logs>/config.log",
-    params:
-        config=config,
-    run:
-        write_text(output[0], yaml.safe_dump(params.config, sort_keys=False))
-
-
 rule tables:
     input:
-        config="<results>/config.yaml",
-        quality=of_models("quality.json"),
-        pruned=all_pruned(),
-        efficiency=of_models("efficiency.json") if run.evaluate.efficiency else [],
-        published=run.report.published or [],
+        quality=plan.of_models("quality.json"),
+        pruned=plan.all_pruned(),
+        efficiency=plan.of_models("efficiency.json") if plan.config.evaluate.efficiency else [],
+        published=plan.config.report.published or [],
     output:
         report(
             multiext("<results>/tables/main", ".csv", ".md", ".tex"),
@@ -35,25 +22,34 @@ rule tables:
     conda:
         "../../environment.yml"
     params:
+        config=CONFIG,
+        shown=[settings(part) for part in ("variants", "evaluate", "report")],
         code=code_hash("report.tables"),
     shell:
-        "ecodiff report tables $(dirname {input.config}) > {log} 2>&1"
+        "ecodiff report tables $(dirname {params.config:q}) > {log:q} 2>&1"
 
 
 rule figures:
     input:
-        config="<results>/config.yaml",
-        quality=of_models("quality.json"),
-        pruned=all_pruned(),
-        efficiency=of_models("efficiency.json") if run.evaluate.efficiency else [],
-        mask_cost=of_models("mask_cost.csv") if run.evaluate.mask_cost else [],
+        quality=plan.of_models("quality.json"),
+        pruned=plan.all_pruned(),
+        efficiency=plan.of_models("efficiency.json") if plan.config.evaluate.efficiency else [],
+        mask_cost=plan.of_models("mask_cost.csv") if plan.config.evaluate.mask_cost else [],
     output:
         report(
-            expand("<results>/figures/{figure}-{model}.png", figure=FIGURES, model=run.models),
+            expand(
+                "<results>/figures/{figure}-{model}.png",
+                figure=plan.figures(),
+                model=plan.config.models,
+            ),
             caption="../report/figures.rst",
             category="Figures",
         ),
-        expand("<results>/figures/{figure}-{model}.pdf", figure=FIGURES, model=run.models),
+        expand(
+            "<results>/figures/{figure}-{model}.pdf",
+            figure=plan.figures(),
+            model=plan.config.models,
+        ),
     log:
         "<logs>/figures.log",
     benchmark:
@@ -61,7 +57,9 @@ rule figures:
     conda:
         "../../environment.yml"
     params:
-        only=[f"--only {figure}" for figure in FIGURES],
+        config=CONFIG,
+        shown=[settings(part) for part in ("variants", "evaluate", "report")],
+        only=[word for figure in plan.figures() for word in ("--only", figure)],
         code=code_hash("report.figures"),
     shell:
-        "ecodiff report figures $(dirname {input.config}) {params.only} > {log} 2>&1"
+        "ecodiff report figures $(dirname {params.config:q}) {params.only:q} > {log:q} 2>&1"

@@ -1,8 +1,8 @@
 rule retrain:
     input:
-        model=dense_files,
-        pruned=pruned_of,
-        data=retraining_data,
+        model=of(plan.dense_files),
+        pruned=of(plan.before_retraining),
+        data=of(plan.retraining_data),
     output:
         directory("<results>/{model}/{variant}/model"),
     log:
@@ -10,7 +10,7 @@ rule retrain:
     benchmark:
         "<benchmarks>/{model}/retrain/{variant}.tsv"
     wildcard_constraints:
-        variant=one_of(v.name for _, v in PRUNED if v.retrain),
+        variant=one_of(variant.name for _, variant in plan.pruned if variant.retrain),
     conda:
         "../../environment.yml"
     threads: 1
@@ -19,10 +19,12 @@ rule retrain:
         mem_mb=resource("mem_mb"),
         runtime=resource("runtime"),
     params:
-        dense=lookup(dpath="models/{model}/source", within=config),
+        config=CONFIG,
+        dense=of(plan.source_of_dense),
         load=settings("models/{model}/load"),
-        settings=lambda wildcards: retraining_of(wildcards).model_dump_json(),
+        kind=lambda wildcards: plan.retraining(wildcards.model, wildcards.variant).kind,
+        settings=lambda wildcards: plan.retraining(wildcards.model, wildcards.variant).model_dump(),
         code=code_hash("retrain"),
     shell:
-        "ecodiff retrain {input.pruned} {input.data} {output} --load {params.load:q}"
-        " --dense {params.dense} --settings {params.settings:q} > {log} 2>&1"
+        "ecodiff retrain {input.pruned:q} {input.data:q} {output:q} --kind {params.kind}"
+        " --dense {params.dense:q} --config {params.config:q} --model {wildcards.model} > {log:q} 2>&1"

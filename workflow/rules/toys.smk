@@ -2,7 +2,7 @@
 # it to resources/toys, or set a model's `source` to it.
 rule toy:
     input:
-        vae=toy_vae,
+        vae=lambda wildcards: toy_inputs(wildcards.toy),
     output:
         directory("results/toys/{toy}"),
     log:
@@ -21,7 +21,7 @@ rule toy:
         vae=each("--vae", "vae"),
         code=code_hash("toys.making"),
     shell:
-        "ecodiff toys train {wildcards.toy} --out {output} {params.vae} > {log} 2>&1"
+        "ecodiff toys train {wildcards.toy} --out {output:q} {params.vae:q} > {log:q} 2>&1"
 
 
 rule toys:

@@ -1,0 +1,117 @@
+"""What verbs share: their options, where settings come from, how a model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+from ecodiff.config.reading import read_settings
+from ecodiff.config.run import Config, load_config
+from ecodiff.config.sections import CallSettings, LoadSettings, Settings
+from ecodiff.runtime.artifacts import write_manifest
+from ecodiff.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+Model = Annotated[str, typer.Argument(help="Hub id, folder or file of a diffusers pipeline.")]
+Table = Annotated[Path, typer.Argument(help="Prompt table, as `ecodiff prompts` writes it.")]
+Record = Annotated[Path, typer.Argument(help="What `ecodiff calibrate` wrote.")]
+Out = Annotated[Path, typer.Argument(help="Where to write.")]
+Run = Annotated[Path, typer.Argument(help="results/<run>, with its config.yaml.")]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", help="A run's config: settings come from its sections.")
+]
+Of = Annotated[
+    str | None, typer.Option("--model", help="The model in that config, for its own sections.")
+]
+Text = Annotated[
+    str | None, typer.Option(help="Settings, put over the config's: YAML file or text.")
+]
+Load = Annotated[str | None, typer.Option(help="dtype, device, revision, variant: YAML.")]
+Call = Annotated[str | None, typer.Option(help="How to call the pipeline: YAML file or text.")]
+Batch = Annotated[int, typer.Option(min=1, help="Prompts that run together.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:<n>.")]
+
+S = TypeVar("S", bound=Settings)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a verb's settings come from: the defaults, a run's config over them, options over both.
+
+    Attributes:
+        config: the file of a run's config; None for defaults.
+        model: the model of that config whose sections count.
+    """
+
+    config: Path | None = None
+    model: str | None = None
+
+    @cached_property
+    def run(self) -> Config | None:
+        """The whole config."""
+        return None if self.config is None else load_config(self.config)
+
+    def read(self, kind: type[S], text: str | None, *path: str) -> S:
+        """The settings of a section, changed by what an option says.
+
+        Args:
+            kind: the section's class.
+            text: YAML file or text; None changes nothing.
+            path: where the section lies in the config; those of models lie below `models`.
+
+        Raises:
+            UserError: the config has no such section, or a value is not allowed.
+        """
+        if self.run is None:
+            return read_settings(kind, text)
+        found: Any = self.run.model_dump(mode="json")
+        for key in path:
+            if not isinstance(found, dict) or found.get(key) is None:
+                raise UserError(f"{self.config}: there is no section {'.'.join(path)}")
+            found = found[key]
+        return read_settings(kind, text, found)
+
+    def of_model(self, kind: type[S], text: str | None, *path: str) -> S:
+        """The settings of a section that each model has of its own."""
+        if self.run is not None and self.model is None:
+            raise UserError("--config needs --model: one of " + ", ".join(self.run.models))
+        return self.read(kind, text, "models", self.model or "", *path)
+
+    def call(self, text: str | None) -> dict[str, Any]:
+        """How the pipeline is called, as its keyword arguments."""
+        return self.of_model(CallSettings, text, "call").model_dump(exclude_none=True)
+
+    def load(self, model: str, text: str | None, **changes: Any) -> DiffusionPipeline:
+        """Load a pipeline; `changes` are keywords of `load_pipeline` that a verb insists on."""
+        from ecodiff.models.loading import load_pipeline
+        from ecodiff.runtime.devices import choose_device, keep_freed_memory
+
+        keep_freed_memory()
+        chosen = self.of_model(LoadSettings, text, "load").model_dump() | changes
+        return load_pipeline(model, **{**chosen, "device": choose_device(chosen["device"])})
+
+
+@contextmanager
+def job(stage: str, out: Path, **details: Any) -> Iterator[dict[str, Any]]:
+    """Around the work of a verb: in the end, `out` has a manifest.
+
+    Args:
+        stage: the module that does the work.
+        out: the file or folder that it writes.
+        details: what the manifest says of inputs and settings; more can be put into what is given.
+    """
+    yield details
+    write_manifest(out, stage, details)
+
+
+def named(pairs: list[str]) -> dict[str, str]:
+    """The values of repeated options of the form name=value."""
+    return dict(pair.partition("=")[::2] for pair in pairs)

@@ -1,0 +1,139 @@
+"""The verbs that judge pictures, speed and memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ecodiff.cli.common import (
+    Batch,
+    Call,
+    ConfigFile,
+    Device,
+    Load,
+    Model,
+    Of,
+    Out,
+    Record,
+    Source,
+    Table,
+    Text,
+    job,
+    named,
+)
+from ecodiff.config.sections import EfficiencySettings, EvaluateSettings, MaskCostSettings
+
+app = typer.Typer(help=__doc__, no_args_is_help=True)
+
+
+@app.command()
+def quality(
+    table: Table,
+    out: Out,
+    variant: Annotated[list[str], typer.Option(help="name=shard,shard,...; the dense one first.")],
+    settings: Text = None,
+    device: Device = "auto",
+    config: ConfigFile = None,
+) -> None:
+    """Compare pictures with real ones, with their prompts and with the dense model's."""
+    from ecodiff.evaluate.quality import Judge
+    from ecodiff.evaluate.samples import Samples
+    from ecodiff.prompts import read_prompts
+    from ecodiff.runtime.artifacts import write_json
+    from ecodiff.runtime.devices import choose_device
+
+    chosen = Source(config).read(EvaluateSettings, settings, "evaluate")
+    shards = {name: [*map(Path, paths.split(","))] for name, paths in named(variant).items()}
+    with job("evaluate.quality", out, variants=variant, **chosen.model_dump()):
+        samples = {name: Samples(paths) for name, paths in shards.items()}
+        dense = next(iter(samples.values()))
+        judge = Judge(read_prompts(table), dense, chosen, choose_device(device))
+        write_json(out, {name: judge(pictures) for name, pictures in samples.items()})
+
+
+@app.command()
+def efficiency(
+    table: Table,
+    out: Out,
+    variant: Annotated[list[str], typer.Option(help="name=model, the dense one first.")],
+    call: Call = None,
+    settings: Text = None,
+    load: Load = None,
+    config: ConfigFile = None,
+    of: Of = None,
+) -> None:
+    """Measure parameters, work, speed and memory of several variants in one run."""
+    from ecodiff.evaluate.efficiency import efficiency as measure
+    from ecodiff.models.structures import denoiser_of
+    from ecodiff.prompts import read_prompts
+    from ecodiff.runtime.artifacts import write_json
+
+    source = Source(config, of)
+    chosen = source.read(EfficiencySettings, settings, "evaluate", "efficiency")
+    arguments, rows = source.call(call), read_prompts(table).iloc[: chosen.batch_size]
+    (name, model), *others = named(variant).items()
+    with job("evaluate.efficiency", out, variants=variant, **chosen.model_dump()):
+        pipe = source.load(model, load)
+        denoisers = {name: denoiser_of(pipe)}
+        for other, path in others:
+            denoisers[other] = denoiser_of(source.load(path, load, device="cpu"))
+        found = measure(pipe, denoisers, [*rows["prompt"]], [*rows["seed"]], arguments, chosen)
+        write_json(out, found)
+
+
+@app.command()
+def mask_cost(
+    model: Model,
+    table: Table,
+    out: Out,
+    call: Call = None,
+    settings: Text = None,
+    load: Load = None,
+    config: ConfigFile = None,
+    of: Of = None,
+) -> None:
+    """Measure time and memory of a learning iteration against the number of steps."""
+    from ecodiff.evaluate.mask_cost import mask_cost as measure
+    from ecodiff.models.pipelines import encode, starting_noise
+    from ecodiff.prompts import read_prompts
+    from ecodiff.runtime.artifacts import atomic
+
+    source = Source(config, of)
+    chosen = source.read(MaskCostSettings, settings, "evaluate", "mask_cost")
+    arguments, rows = source.call(call), read_prompts(table).iloc[: chosen.batch]
+    with job("evaluate.mask_cost", out, model=model, **chosen.model_dump()):
+        pipe = source.load(model, load)
+        embeds = encode(pipe, [*rows["prompt"]], arguments)
+        noise = starting_noise(pipe, [*rows["seed"]], arguments)
+        found = measure(pipe, embeds, noise, arguments, chosen)
+        with atomic(out) as file:
+            found.to_csv(file, index=False)
+
+
+@app.command()
+def mask_error(
+    model: Model,
+    record: Record,
+    out: Out,
+    mask: Annotated[list[Path], typer.Option(help="What `ecodiff mask` wrote; repeatable.")],
+    sparsity: Annotated[list[float], typer.Option(help="Where its scores are cut; repeatable.")],
+    batch_size: Batch = 8,
+    load: Load = None,
+    config: ConfigFile = None,
+    of: Of = None,
+) -> None:
+    """Measure how far masks move the final latents, without cutting; named after their folders."""
+    from ecodiff.calibrate import Calibration
+    from ecodiff.evaluate.mask_error import mask_error as measure
+    from ecodiff.mask import Mask
+    from ecodiff.runtime.artifacts import atomic
+
+    masks = {path.parent.name: Mask.load(path) for path in mask}
+    calibration = Calibration.load(record)
+    with job("evaluate.mask_error", out, model=model, record=str(record)):
+        pipe = Source(config, of).load(model, load, encoders=False)
+        found = measure(pipe, calibration, masks, sparsity, batch_size)
+        with atomic(out) as file:
+            found.to_csv(file, index=False)

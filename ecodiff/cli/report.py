@@ -1,0 +1,70 @@
+"""The verbs that write tables and figures of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ecodiff.cli.common import Run
+from ecodiff.config.run import Config, load_config
+
+if TYPE_CHECKING:
+    from ecodiff.report.results import Results
+
+app = typer.Typer(help=__doc__, no_args_is_help=True)
+
+
+@app.command()
+def tables(run: Run) -> None:
+    """Write the main table (csv, markdown, LaTeX) and the ranking to <run>/tables."""
+    from ecodiff.report.ranking import write_ranking
+    from ecodiff.report.tables import how_measured, main_table, write_tables
+
+    config, results = _results(run)
+    published, table = config.report.published, main_table(results)
+    notes = how_measured(config.evaluate)
+    write_tables(table, run / "tables", Path(published) if published else None, notes)
+    write_ranking(table, run / "tables", notes)
+
+
+@app.command()
+def figures(
+    run: Run,
+    only: Annotated[list[str] | None, typer.Option(help="Figures by name; repeatable.")] = None,
+) -> None:
+    """Draw figures of each model as png and pdf to <run>/figures."""
+    from ecodiff.report.figures import FIGURES, draw
+
+    _, results = _results(run)
+    for name in only or FIGURES:
+        for model in results.variants:
+            draw(name, results, model, run / "figures")
+
+
+@app.command()
+def ablations(run: Run) -> None:
+    """Write table and figure of what each setting of mask learning does."""
+    from ecodiff.report.ablations import ablation_table, write_ablations
+
+    write_ablations(ablation_table(load_config(run / "config.yaml"), run), run)
+
+
+@app.command()
+def show(run: Run) -> None:
+    """Print the main table."""
+    from ecodiff.report.tables import main_table, print_table
+
+    print_table(main_table(_results(run)[1]))
+
+
+def _results(run: Path) -> tuple[Config, Results]:
+    from ecodiff.report.results import Results
+
+    config = load_config(run / "config.yaml")
+    variants = {model: [v.name for v in config.variants_of(model)] for model in config.models}
+    prompts = run / f"prompts/{config.evaluate.prompts}.parquet"
+    shown = config.report.shown
+    percents = None if shown is None else frozenset(round(100 * share) for share in shown)
+    return config, Results(run, variants, prompts, config.report.examples, percents)

@@ -1,0 +1,214 @@
+"""The verbs of the stages that make models and pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ecodiff.cli.common import (
+    Batch,
+    Call,
+    ConfigFile,
+    Load,
+    Model,
+    Of,
+    Out,
+    Record,
+    Source,
+    Table,
+    Text,
+    job,
+)
+from ecodiff.config.sections import MaskSettings, PromptSet, PruneSettings, RetrainSettings
+from ecodiff.runtime.errors import UserError
+
+
+def prompts(
+    out: Out,
+    settings: Text = None,
+    pictures: Annotated[
+        Path | None, typer.Option(help="Folder for pictures that are drawn.")
+    ] = None,
+    config: ConfigFile = None,
+    name: Annotated[str, typer.Option("--set", help="The prompt set in that config.")] = "",
+) -> None:
+    """Make a table of prompts, seeds and real images from a source."""
+    from ecodiff.prompts import make_prompts, write_prompts
+
+    chosen = Source(config).read(PromptSet, settings, "prompts", name)
+    with job("prompts", out, **chosen.model_dump()):
+        write_prompts(make_prompts(chosen, pictures or out.with_suffix("")), out)
+
+
+def calibrate(
+    model: Model,
+    table: Table,
+    out: Out,
+    call: Call = None,
+    batch_size: Batch = 8,
+    load: Load = None,
+    config: ConfigFile = None,
+    of: Of = None,
+) -> None:
+    """Record the dense model: embeddings, starting noise and final latents of each prompt."""
+    from ecodiff.calibrate import calibrate as record
+    from ecodiff.prompts import read_prompts
+
+    source, rows = Source(config, of), read_prompts(table)
+    arguments = source.call(call)
+    with job("calibrate", out, model=model, prompts=str(table), call=arguments):
+        pipe = source.load(model, load)
+        record(pipe, [*rows["prompt"]], [*rows["seed"]], arguments, batch_size).save(out)
+
+
+def grams(
+    model: Model,
+    record: Record,
+    out: Out,
+    batch_size: Batch = 8,
+    load: Load = None,
+    config: ConfigFile = None,
+    of: Of = None,
+) -> None:
+    """Gather the activations' moments that compensation needs."""
+    from ecodiff.calibrate import Calibration, gather_grams
+    from ecodiff.models.structures import discover
+
+    calibration = Calibration.load(record)
+    with job("calibrate", out, model=model, calibration=str(record)):
+        pipe = Source(config, of).load(model, load, encoders=False)
+        gather_grams(pipe, discover(pipe), calibration, batch_size).save(out)
+
+
+def mask(
+    model: Model,
+    out: Out,
+    method: Annotated[str, typer.Option(help="ecodiff, or one of its peers; docs/methods.md.")],
+    percent: Annotated[int, typer.Option(min=0, max=100, help="Parameters to remove.")],
+    settings: Text = None,
+    calibration: Annotated[Path | None, typer.Option(help="What methods look at.")] = None,
+    history: Annotated[Path | None, typer.Option(help="Write the learning curve.")] = None,
+    load: Load = None,
+    config: ConfigFile = None,
+    of: Of = None,
+) -> None:
+    """Score the units of a model and select those that stay."""
+    from ecodiff.calibrate import Calibration
+    from ecodiff.mask import make_mask
+    from ecodiff.runtime.artifacts import atomic
+    from ecodiff.runtime.workers import Workers
+
+    source = Source(config, of)
+    chosen = source.of_model(MaskSettings, settings, "mask")
+    record = Calibration.load(calibration) if calibration else None
+    with job("mask", out) as details:
+        pipe = source.load(model, load, encoders=False)
+        found, curve = make_mask(
+            pipe,
+            method,
+            percent / 100,
+            calibration=record,
+            settings=chosen,
+            # What an interrupted job continues from; not an output, which retries would remove.
+            scratch=out.with_name("unfinished.safetensors"),
+        )
+        if not Workers(pipe.device).is_first:
+            raise typer.Exit
+        found.save(out)
+        if history:
+            with atomic(history) as file:
+                curve.to_csv(file, index=False)
+        details |= found.info
+
+
+def prune(
+    model: Model,
+    mask: Annotated[Path, typer.Argument(help="What `ecodiff mask` wrote.")],
+    out: Out,
+    percent: Annotated[int | None, typer.Option(help="Rank the mask's scores again.")] = None,
+    grams: Annotated[Path | None, typer.Option(help="Compensate, all layers at once.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Compensate, in groups of layers.")
+    ] = None,
+    settings: Text = None,
+    load: Load = None,
+    config: ConfigFile = None,
+    of: Of = None,
+) -> None:
+    """Cut a mask's units out of a model and save the smaller model."""
+    from ecodiff.calibrate import Calibration, Grams
+    from ecodiff.mask import Mask
+    from ecodiff.models.saving import save
+    from ecodiff.prune.cut import prune as cut
+
+    if grams and calibration:
+        raise UserError(
+            "prune: --grams compensates all layers at once, --calibration in groups; not both"
+        )
+    source = Source(config, of)
+    chosen = source.read(PruneSettings, settings, "prune")
+    wanted, data = Mask.load(mask), Grams.load(grams) if grams else None
+    data = Calibration.load(calibration) if calibration else data
+    with job("prune", out, model=model, compensation=data is not None) as details:
+        pipe = source.load(model, load)
+        if percent is not None:
+            wanted = wanted.at(pipe, percent / 100)
+        cut(pipe, wanted, data, chosen)
+        save(pipe, out)
+        wanted.save(out / "mask.safetensors")
+        details |= {"mask": wanted.info, **chosen.model_dump()}
+
+
+def retrain(
+    model: Annotated[str, typer.Argument(help="Folder of a pruned model.")],
+    record: Record,
+    out: Out,
+    kind: Annotated[str, typer.Option(help="lora or full: which section of the config.")] = "lora",
+    settings: Text = None,
+    dense: Annotated[str | None, typer.Option(help="The dense model, for distillation.")] = None,
+    load: Load = None,
+    config: ConfigFile = None,
+    of: Of = None,
+) -> None:
+    """Retrain a pruned model on what the dense model generated."""
+    from ecodiff.calibrate import Calibration
+    from ecodiff.models.saving import save
+    from ecodiff.models.structures import denoiser_of
+    from ecodiff.retrain.train import retrain as train
+
+    source = Source(config, of)
+    chosen = source.of_model(RetrainSettings, settings, "retrain", kind)
+    data = Calibration.load(record)
+    with job("retrain", out, model=model, data=str(record), **chosen.model_dump()):
+        pipe, teacher = source.load(model, load), None
+        if dense and chosen.distillation:
+            teacher = denoiser_of(source.load(dense, load, encoders=False))
+        curve = train(pipe, data, chosen, teacher)
+        save(pipe, out)
+        curve.to_csv(out / "history.csv", index=False)
+
+
+def generate(
+    model: Model,
+    table: Table,
+    out: Out,
+    call: Call = None,
+    batch_size: Batch = 8,
+    shard: Annotated[int, typer.Option(min=0, help="Which part of the table.")] = 0,
+    shard_size: Annotated[int | None, typer.Option(min=1, help="Rows a part; all.")] = None,
+    load: Load = None,
+    config: ConfigFile = None,
+    of: Of = None,
+) -> None:
+    """Draw a picture for each prompt of a table."""
+    from ecodiff.generate import generate as draw
+    from ecodiff.generate import shard_of
+    from ecodiff.prompts import read_prompts
+
+    source, rows = Source(config, of), read_prompts(table)
+    arguments = source.call(call)
+    rows = shard_of(rows, shard, shard_size or len(rows))
+    with job("generate", out, model=model, prompts=str(table), call=arguments):
+        draw(source.load(model, load), rows, arguments, batch_size, out)

@@ -1,0 +1,237 @@
+"""What a workflow makes of a config: which file each job reads, and which variants share one.
+
+Paths are relative to the working directory. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ecodiff.config.ablations import Ablation
+from ecodiff.config.methods import METHODS
+from ecodiff.config.run import Config
+from ecodiff.config.sections import MaskSettings, RetrainSettings
+from ecodiff.config.variants import Variant
+
+
+class Plan:
+    """The names and files of a run.
+
+    Attributes:
+        config: the run's config, complete with defaults.
+        results: its folder.
+        pruned: (model, variant) of all variants but the dense ones.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.results = f"results/{config.run}"
+        self.pruned = [
+            (model, variant)
+            for model in config.models
+            for variant in config.variants_of(model)
+            if not variant.is_dense
+        ]
+        self._ablations = {
+            model: {point.name: point for point in config.ablations_of(model)}
+            for model in config.models
+        }
+
+    def names(self) -> list[str]:
+        """The names of all variants."""
+        return ["dense", *dict.fromkeys(variant.name for _, variant in self.pruned)]
+
+    def masks(self, learned: bool) -> list[str]:
+        """The names of the masks that are learned, or of those that are scored at once."""
+        found = (v.mask for _, v in self.pruned if METHODS[v.method].learns == learned)
+        return [*dict.fromkeys(found)]
+
+    def figures(self) -> list[str]:
+        """The figures that a run of this config can fill."""
+        chosen = self.config.evaluate
+        return [
+            "quality",
+            "pictures",
+            "removed",
+            "analysis",
+            *(["learning"] if self.masks(learned=True) else []),
+            *(["cost"] if chosen.efficiency else []),
+            *(["mask-cost"] if chosen.mask_cost else []),
+        ]
+
+    def source(self, model: str, variant: str = "dense") -> str:
+        """The folder, file or hub id of a variant's model."""
+        if variant == "dense":
+            return self.config.models[model].source
+        return f"{self.results}/{model}/{variant}/model"
+
+    def dense_files(self, model: str) -> list[str]:
+        """The files of a dense model that lies in a folder; none for a model on the hub."""
+        folder = Path(self.config.models[model].source)
+        if not folder.exists() and len(folder.parts) == 2:
+            return []
+        files = [*folder.rglob("*.json"), *folder.rglob("*.safetensors")]
+        return sorted(map(str, files)) or [str(folder / "model_index.json")]
+
+    def source_of_dense(self, model: str) -> str:
+        """The folder, file or hub id of a dense model."""
+        return self.source(model)
+
+    def model_files(self, model: str, variant: str) -> list[str]:
+        """What a variant's model is read from."""
+        return self.dense_files(model) if variant == "dense" else [self.source(model, variant)]
+
+    def clip_files(self) -> list[str]:
+        """The files of the CLIP model, when it lies in a folder."""
+        _, local, folder = self.config.evaluate.clip_model.partition("local-dir:")
+        return sorted(map(str, Path(folder).glob("*"))) or [folder] if local else []
+
+    def prompts(self, set: str) -> str:
+        """The table of a prompt set."""
+        return f"{self.results}/prompts/{set}.parquet"
+
+    def evaluated(self) -> str:
+        """The table of the prompts that variants are judged on."""
+        return self.prompts(self.config.evaluate.prompts)
+
+    def calibration(self, model: str) -> str:
+        """What the dense model made of the calibration prompts."""
+        return self._record(model, self.config.calibrate.prompts)
+
+    def scored(self, model: str, variant: Variant) -> Variant:
+        """The variant whose mask holds a variant's scores.
+
+        That of the middle sparsity of its method and seed, or itself where each sparsity is learned
+        for itself.
+        """
+        if METHODS[variant.method].learns and not self.config.models[model].mask.is_shared:
+            return variant
+        wanted = (variant.method, variant.seed)
+        same = [v for v in self.config.variants_of(model) if (v.method, v.seed) == wanted]
+        by_percent = sorted({v.percent: v for v in same}.items())
+        return by_percent[len(by_percent) // 2][1]
+
+    def mask(self, model: str, variant: str) -> str:
+        """The mask that holds a variant's scores."""
+        name = self.scored(model, Variant.parse(variant)).mask
+        return f"{self.results}/{model}/masks/{name}/mask.safetensors"
+
+    def all_masks(self) -> list[str]:
+        """Each mask that is scored."""
+        return sorted({self.mask(model, variant.name) for model, variant in self.pruned})
+
+    def mask_settings(self, model: str, mask: str) -> MaskSettings:
+        """How a mask is made: its model's settings, but for the seed that its name may give."""
+        section, seed = self.config.models[model].mask, Variant.parse(mask).seed
+        return section if seed is None else section.model_copy(update={"seed": seed})
+
+    def aim(self, mask: str) -> list[str]:
+        """What `ecodiff mask` is told of a mask beside the config: what its name says."""
+        variant = Variant.parse(mask)
+        seed = {} if variant.seed is None else {"seed": variant.seed}
+        return _aim(variant.method, variant.percent, seed)
+
+    def mask_data(self, model: str, mask: str) -> list[str]:
+        """What a mask's method looks at."""
+        looks = METHODS[Variant.parse(mask).method].looks_at == "calibration"
+        return [self.calibration(model)] if looks else []
+
+    def compensation(self, model: str, variant: str) -> dict[str, str]:
+        """What a variant is compensated by, named as `ecodiff prune` takes it.
+
+        Activations for all layers at once, or a calibration for groups of layers; nothing for
+        variants that aren't compensated.
+        """
+        if not Variant.parse(variant).compensation:
+            return {}
+        if self.config.prune.groups > 1:
+            return {"calibration": self.calibration(model)}
+        return {"grams": f"{self.results}/{model}/grams.safetensors"}
+
+    def percent(self, variant: str) -> int:
+        """The per cent of the denoiser's parameters that a variant lacks."""
+        return Variant.parse(variant).percent
+
+    def folders(self, model: str) -> list[str]:
+        """The folders of all pruned variants of a model."""
+        return [self.source(model, v.name) for m, v in self.pruned if m == model]
+
+    def all_pruned(self) -> list[str]:
+        """The pruned models as they were before any retraining; each holds its mask."""
+        return sorted({self.source(model, v.pruned.name) for model, v in self.pruned})
+
+    def before_retraining(self, model: str, variant: str) -> str:
+        """The pruned model that a variant's retraining starts from."""
+        return self.source(model, Variant.parse(variant).pruned.name)
+
+    def retraining(self, model: str, variant: str) -> RetrainSettings:
+        """The settings that a variant is retrained by."""
+        section = self.config.models[model].retrain
+        return getattr(section, Variant.parse(variant).retrain or "")
+
+    def retraining_data(self, model: str, variant: str) -> str:
+        """What the dense model made of the prompts that a variant is retrained on."""
+        prompts = self.retraining(model, variant).prompts
+        return self._record(model, prompts or self.config.calibrate.prompts)
+
+    def shards(self, model: str, variant: str) -> list[str]:
+        """The image shards of a variant."""
+        prompts = self.config.prompts[self.config.evaluate.prompts].count
+        count = -(-prompts // self.config.generate.shard_size)
+        return [f"{self.results}/{model}/{variant}/images/{shard}" for shard in range(count)]
+
+    def shards_of_all(self, model: str) -> list[str]:
+        """The image shards of all variants of a model, the dense one first."""
+        return [s for v in self.config.variants_of(model) for s in self.shards(model, v.name)]
+
+    def shards_by_variant(self, model: str) -> list[str]:
+        """The same as `ecodiff evaluate quality` takes them."""
+        shards = {v.name: self.shards(model, v.name) for v in self.config.variants_of(model)}
+        return _options((name, ",".join(paths)) for name, paths in shards.items())
+
+    def source_by_variant(self, model: str) -> list[str]:
+        """Where all variants of a model lie, as `ecodiff evaluate efficiency` takes them."""
+        variants = self.config.variants_of(model)
+        return _options((v.name, self.source(model, v.name)) for v in variants)
+
+    def of_models(self, file: str) -> list[str]:
+        """A file of each model."""
+        return [f"{self.results}/{model}/{file}" for model in self.config.models]
+
+    def ablation(self, model: str, ablation: str) -> Ablation:
+        """The point of the sweep of a name."""
+        return self._ablations[model][ablation]
+
+    def ablation_names(self) -> list[str]:
+        """The names of all points of the sweeps."""
+        return [*dict.fromkeys(name for points in self._ablations.values() for name in points)]
+
+    def ablation_aim(self, model: str, ablation: str) -> list[str]:
+        """What `ecodiff mask` is told of a point of the sweep beside the config: its change."""
+        point = self.ablation(model, ablation)
+        return _aim("ecodiff", round(100 * point.sparsity), point.changes)
+
+    def ablation_masks(self, model: str) -> list[str]:
+        """The masks of a model's sweep."""
+        folder = f"{self.results}/{model}/ablations"
+        return [f"{folder}/{name}/mask.safetensors" for name in self._ablations[model]]
+
+    def ablation_record(self, model: str) -> str:
+        """What the dense model made of the prompts that the sweep is judged on."""
+        assert self.config.ablations is not None
+        return self._record(model, self.config.ablations.prompts)
+
+    def _record(self, model: str, prompts: str) -> str:
+        return f"{self.results}/{model}/{prompts}.safetensors"
+
+
+def _aim(method: str, percent: int, changes: Mapping[str, Any]) -> list[str]:
+    settings = ["--settings", json.dumps(changes)] if changes else []
+    return ["--method", method, "--percent", str(percent), *settings]
+
+
+def _options(variants: Iterable[tuple[str, str]]) -> list[str]:
+    return [word for name, value in variants for word in ("--variant", f"{name}={value}")]

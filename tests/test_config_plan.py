@@ -1,0 +1,148 @@
+"""Which file serves which job."""
+
+import json
+
+import pytest
+import yaml
+from imports import loaded_by
+
+from ecodiff.config.plan import Plan
+from ecodiff.config.run import load_config
+
+
+def planned(**changes):
+    """The plan of a small run, with some sections changed."""
+    sections = {
+        "run": "small",
+        "models": {
+            "a": {"source": "org/a", "call": {"num_inference_steps": 1, "height": 8, "width": 8}},
+            "b": {"source": "folder", "call": {"num_inference_steps": 1, "height": 8, "width": 8}},
+        },
+        "variants": [
+            {"method": "ecodiff", "sparsities": [0.1, 0.2, 0.3]},
+            {"method": "ecodiff", "sparsities": [0.2], "compensation": True, "retrain": "lora"},
+            {"method": "magnitude", "sparsities": [0.1, 0.4], "models": ["a"]},
+        ],
+        "prompts": {
+            "calibration": {"source": "shapeworld", "count": 3},
+            "evaluation": {"source": "shapeworld", "count": 10},
+        },
+    }
+    return Plan(load_config({**sections, **changes}))
+
+
+@pytest.mark.parametrize(
+    ("sparsities", "mask"), [("shared", "ecodiff-20"), ("per-sparsity", "ecodiff-10")]
+)
+def test_one_mask_serves_all_sparsities_where_learning_is_shared(sparsities, mask):
+    plan = planned(mask={"sparsities": sparsities})
+    assert plan.mask("a", "ecodiff-10") == f"results/small/a/masks/{mask}/mask.safetensors"
+
+
+def test_methods_that_do_not_learn_are_scored_once():
+    assert planned().all_masks() == [
+        "results/small/a/masks/ecodiff-10/mask.safetensors",
+        "results/small/a/masks/ecodiff-20/mask.safetensors",
+        "results/small/a/masks/ecodiff-30/mask.safetensors",
+        "results/small/a/masks/magnitude-40/mask.safetensors",
+        "results/small/b/masks/ecodiff-10/mask.safetensors",
+        "results/small/b/masks/ecodiff-20/mask.safetensors",
+        "results/small/b/masks/ecodiff-30/mask.safetensors",
+    ]
+
+
+def test_a_seed_in_a_masks_name_is_that_of_its_settings():
+    plan = planned(mask={"seed": 5})
+    assert plan.mask_settings("a", "ecodiff-20").seed == 5
+    assert plan.mask_settings("a", "ecodiff-20-s7").seed == 7
+    assert plan.aim("ecodiff-20-s7")[-1] == json.dumps({"seed": 7})
+    assert plan.aim("ecodiff-20") == ["--method", "ecodiff", "--percent", "20"]
+
+
+def test_only_methods_that_look_at_data_need_the_calibration():
+    plan = planned()
+    assert plan.mask_data("a", "ecodiff-20") == ["results/small/a/calibration.safetensors"]
+    assert plan.mask_data("a", "magnitude-20") == []
+
+
+@pytest.mark.parametrize(
+    ("groups", "data"),
+    [
+        (1, {"grams": "results/small/a/grams.safetensors"}),
+        (4, {"calibration": "results/small/a/calibration.safetensors"}),
+    ],
+)
+def test_compensation_reads_grams_or_in_groups_the_calibration(groups, data):
+    plan = planned(prune={"groups": groups})
+    assert plan.compensation("a", "ecodiff-20-comp") == data
+    assert plan.compensation("a", "ecodiff-20") == {}
+
+
+def test_a_retrained_variant_starts_from_its_pruned_one():
+    plan = planned()
+    start = plan.before_retraining("b", "ecodiff-20-comp-lora")
+    assert start == "results/small/b/ecodiff-20-comp/model"
+    assert start in plan.all_pruned()
+
+
+def test_retraining_may_have_prompts_of_its_own():
+    plan = planned(retrain={"lora": {"prompts": "evaluation"}})
+    data = plan.retraining_data("a", "ecodiff-20-comp-lora")
+    assert data == "results/small/a/evaluation.safetensors"
+    assert planned().retraining_data("a", "ecodiff-20-comp-lora") == plan.calibration("a")
+
+
+def test_the_last_shard_may_be_smaller():
+    plan = planned(generate={"shard_size": 4})
+    shards = [f"results/small/a/dense/images/{shard}" for shard in range(3)]
+    assert plan.shards("a", "dense") == shards
+    assert plan.shards_by_variant("a")[:2] == ["--variant", f"dense={','.join(shards)}"]
+
+
+def test_variants_of_other_models_are_not_there():
+    assert not any("magnitude" in folder for folder in planned().folders("b"))
+
+
+def test_a_folder_is_read_from_its_files_and_a_hub_model_from_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plan = planned()
+    assert plan.dense_files("a") == []
+    (tmp_path / "folder/unet").mkdir(parents=True)
+    for name in ("model_index.json", "unet/weights.safetensors", "readme.txt"):
+        (tmp_path / "folder" / name).touch()
+    assert plan.dense_files("b") == ["folder/model_index.json", "folder/unet/weights.safetensors"]
+    assert plan.model_files("b", "ecodiff-10") == ["results/small/b/ecodiff-10/model"]
+
+
+def test_figures_are_those_that_can_be_filled():
+    assert "learning" in planned().figures()
+    plain = [{"method": "random", "sparsities": [0.1]}]
+    plan = planned(variants=plain, evaluate={"efficiency": None, "mask_cost": None})
+    assert plan.figures() == ["quality", "pictures", "removed", "analysis"]
+
+
+def test_an_ablation_is_told_what_it_changes():
+    sweep = {"prompts": "evaluation", "vary": {"batch": [2], "lr": [0.3], "sparsity": [0.4]}}
+    plan = planned(ablations=sweep)
+    *_, changes = plan.ablation_aim("a", "batch-2")
+    assert json.loads(changes) == {"batch": 2}
+    *_, changes = plan.ablation_aim("a", "lr-0.3")
+    assert json.loads(changes) == {"lr": {"heads": 0.3, "neurons": 0.3, "modulation": 0.3}}
+    assert plan.ablation_aim("a", "sparsity-0.4") == ["--method", "ecodiff", "--percent", "40"]
+
+
+def test_what_a_job_reads_of_the_saved_config_is_what_was_planned(tmp_path):
+    """A job gets its sections from config.yaml, and what its name says as options."""
+    from ecodiff.cli.common import Source
+    from ecodiff.config.sections import MaskSettings
+
+    plan = planned(mask={"iterations": 7, "seed": 1})
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(plan.config.model_dump(mode="json")))
+    *_, changes = plan.aim("ecodiff-20-s3")
+    found = Source(path, "a").of_model(MaskSettings, changes, "mask")
+    assert found == plan.mask_settings("a", "ecodiff-20-s3")
+
+
+def test_planning_needs_no_torch():
+    assert not {"torch", "diffusers"} & loaded_by("ecodiff.config.plan")
