@@ -115,7 +115,7 @@ def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"toy-sdxl.quality\.json: cannot be read"):
         main_table(results)
     path.unlink()
-    with pytest.raises(UserError, match=r"toy-sdxl.quality\.json: cannot be read"):
+    with pytest.raises(UserError, match=r"toy-sdxl.quality\.json: there is no such file"):
         main_table(results)
 
 

@@ -16,6 +16,7 @@ from ecodiff.config.variants import Variant
 from ecodiff.prompts import read_prompts
 from ecodiff.runtime.errors import UserError
 from ecodiff.runtime.pictures import read_picture
+from ecodiff.runtime.reading import read_text
 
 SIDE = 256  # pixels; more than a cell of the picture grid shows
 
@@ -144,8 +145,8 @@ def read_mask(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        return json.loads(read_text(path))
+    except ValueError as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
 
 
