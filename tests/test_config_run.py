@@ -168,7 +168,8 @@ def test_settings_are_read_from_text_files_and_nothing(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "part"), [("a: [", "not YAML"), ("no.yaml", "no.yaml: No such file"), ("3", "mapping")]
+    ("text", "part"),
+    [("a: [", "not YAML"), ("no.yaml", "no.yaml: there is no such file"), ("3", "mapping")],
 )
 def test_unreadable_settings_are_one_line(text, part):
     with pytest.raises(UserError, match=part) as error:

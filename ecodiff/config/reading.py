@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from ecodiff.runtime.errors import UserError
+from ecodiff.runtime.reading import read_text
 
 S = TypeVar("S", bound=BaseModel)
 
@@ -36,10 +37,7 @@ def read_settings(
         path = Path(source)
         if path.suffix in {".yaml", ".yml", ".json"}:
             where = f"{path}: "
-            try:
-                source = path.read_text()
-            except OSError as error:
-                raise UserError(f"{path}: {error.strerror}") from None
+            source = read_text(path)
         try:
             source = yaml.safe_load(str(source))
         except yaml.YAMLError as error:

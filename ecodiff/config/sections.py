@@ -35,25 +35,47 @@ class PromptSet(Settings):
     """Where the prompts of one set come from."""
 
     source: Literal["shapeworld", "file", "coco", "flickr30k", "gcc"]
-    """`file`: txt (a prompt a line), csv or parquet; the others: the layout of that data set."""
+    """`file`: txt (a prompt a line), csv, tsv, jsonl or parquet; the others: the layout of that
+    data set."""
     path: str | None = None
     """The file, or the captions file of the data set; not for shapeworld."""
     images: str | None = None
     """Folder of the real images, for coco and flickr30k."""
     column: str = "prompt"
-    """The column of a csv or parquet file that holds the prompts."""
+    """file: the column (jsonl: the key) that holds the prompts; not for txt."""
     split: Literal["train", "held-out"] = "train"
     """shapeworld: captions of the two splits never meet."""
     count: PositiveInt
     """How many prompts to take."""
     seed: NonNegativeInt = 0
-    """Prompt i starts from noise of seed `seed + i`; shapeworld also draws its scenes from it."""
+    """Prompt i starts from noise of seed `seed + i`, below 2^63; shapeworld also draws its scenes
+    from it, coco and flickr30k which images they take."""
 
     @model_validator(mode="after")
-    def _has_its_files(self) -> PromptSet:
-        if self.source != "shapeworld" and self.path is None:
-            raise ValueError(f"source {self.source} needs the key path")
+    def _has_what_its_source_reads(self) -> PromptSet:
+        read = {
+            "shapeworld": {"split"},
+            "file": {"path", "column"},
+            "coco": {"path", "images"},
+            "flickr30k": {"path", "images"},
+            "gcc": {"path"},
+        }[self.source]
+        if (self.path or "").lower().endswith(".txt"):
+            read -= {"column"}
+        for key in ("path", "images", "column", "split"):
+            value = getattr(self, key)
+            if key in read and value is None:
+                raise ValueError(f"source {self.source} needs the key {key}")
+            if key not in read and value != PromptSet.model_fields[key].default:
+                raise ValueError(f"{key}: nothing reads it here (source {self.source})")
+        if self.seed + self.count > 2**63:
+            raise ValueError(f"seed: seed + count goes beyond 2^63: {self.seed} + {self.count}")
         return self
+
+    @property
+    def files(self) -> list[str]:
+        """The file and the folder that the prompts are read from."""
+        return [path for path in (self.path, self.images) if path is not None]
 
 
 class CallSettings(Settings):

@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 from ecodiff.config.variants import Variant
+from ecodiff.prompts import read_prompts
 from ecodiff.runtime.errors import UserError
+from ecodiff.runtime.pictures import read_picture
+from ecodiff.runtime.reading import read_text
 
 SIDE = 256  # pixels; more than a cell of the picture grid shows
 
@@ -103,7 +105,7 @@ class Results:
 
     def captions(self) -> pd.Series:
         """The evaluation prompts by their index."""
-        return pd.read_parquet(self.prompts).set_index("index")["prompt"]
+        return read_prompts(self.prompts).set_index("index")["prompt"]
 
     def picture(self, model: str, variant: Variant, index: int) -> np.ndarray:
         """The picture of a prompt, made smaller than `SIDE`: uint8 (height, width, 3)."""
@@ -111,7 +113,7 @@ class Results:
         found = list(folder.glob(f"*/{index:05d}.png"))
         if not found:
             raise UserError(f"report: {folder} has no picture of prompt {index}")
-        image = Image.open(found[0]).convert("RGB")
+        image = read_picture(found[0])
         image.thumbnail((SIDE, SIDE))
         return np.asarray(image)
 
@@ -143,8 +145,8 @@ def read_mask(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        return json.loads(read_text(path))
+    except ValueError as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
 
 
