@@ -144,5 +144,15 @@ def test_what_a_job_reads_of_the_saved_config_is_what_was_planned(tmp_path):
     assert found == plan.mask_settings("a", "ecodiff-20-s3")
 
 
+def test_prompts_are_read_from_their_files_and_judged_by_their_pictures():
+    real = {"source": "coco", "path": "c.json", "images": "val", "count": 2}
+    shapes = {"source": "shapeworld", "count": 2}
+    plan = planned(prompts={"calibration": shapes, "evaluation": real})
+    assert plan.prompt_sets(drawn=True) == ["calibration"]
+    assert plan.prompt_files("evaluation") == ["c.json", "val"]
+    assert plan.real_pictures() == ["val"]
+    assert planned().real_pictures() == ["results/small/prompts/evaluation"]
+
+
 def test_planning_needs_no_torch():
     assert not {"torch", "diffusers"} & loaded_by("ecodiff.config.plan")
