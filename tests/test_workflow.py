@@ -179,7 +179,7 @@ def test_each_seed_has_its_own_scores(place, tmp_path):
 def test_retraining_may_have_prompts_of_its_own(place, tmp_path):
     config = yaml.safe_load((ROOT / "config/config.yaml").read_text())
     prompts = {**config["prompts"], "more": {"source": "shapeworld", "count": 9}}
-    changes = {"prompts": prompts, "retrain": {"lora": {"prompts": "more"}}}
+    changes = {"prompts": prompts, "retrain": {"lora": {"prompts": "more", "batch": 9}}}
     counts, text = planned(place, write_config(tmp_path, **changes))
     assert counts["calibrate"] == 4
     assert all("/more.safetensors" in job for job in jobs_of(text, "retrain"))
@@ -192,11 +192,6 @@ def test_a_retrained_variant_brings_its_pruned_one(place, tmp_path):
     assert counts["generate"] == 4
 
 
-def test_a_run_without_variants_is_planned(place, tmp_path):
-    counts, _ = planned(place, write_config(tmp_path, variants=[]))
-    assert counts["generate"] == 2
-
-
 def test_what_is_not_measured_is_not_planned(place, tmp_path):
     config = yaml.safe_load((ROOT / "config/config.yaml").read_text())
     evaluate = {**config["evaluate"], "efficiency": None, "mask_cost": None}
@@ -206,8 +201,9 @@ def test_what_is_not_measured_is_not_planned(place, tmp_path):
 
 def test_large_sets_are_generated_in_shards(place, tmp_path):
     generate = {"shard_size": 100}
-    counts, _ = planned(place, write_config(tmp_path, generate=generate, variants=[]))
-    assert counts["generate"] == 2 * 3
+    variants = [{"method": "random", "sparsities": [0.1]}]
+    counts, _ = planned(place, write_config(tmp_path, generate=generate, variants=variants))
+    assert counts["generate"] == 2 * 2 * 3
 
 
 @pytest.mark.parametrize(
@@ -231,9 +227,9 @@ def test_nothing_is_made_for_names_that_the_config_lacks(place, target):
     [
         (
             {"mask": {"betta": 1}},
-            "config: mask.betta: unknown key; did you mean beta? (and 2 more)",
+            "mask.betta: unknown key; did you mean beta?",
         ),
-        ({"run": 3}, "config: run: should be a valid string, not 3"),
+        ({"run": 3}, "run: should be a valid string, not 3"),
     ],
 )
 def test_a_bad_config_is_one_line_and_nothing_is_written(tmp_path, changes, line):
@@ -241,8 +237,9 @@ def test_a_bad_config_is_one_line_and_nothing_is_written(tmp_path, changes, line
     place.mkdir()
     config = write_config(tmp_path, **changes)
     done = snakemake(place, "--configfile", config, "--cores", 1, "--workflow-profile", "none")
-    assert done.returncode == 1
-    assert done.stderr.splitlines() == [line]
+    assert done.returncode == 2
+    [said] = done.stderr.splitlines()
+    assert re.fullmatch(rf"config: {re.escape(str(config))}, line \d+: {re.escape(line)}", said)
     assert [path.name for path in place.iterdir()] in ([], [".snakemake"])
 
 
@@ -259,8 +256,9 @@ def house(tmp_path_factory):
         shutil.copy(ROOT / name, folder)
     for name in ("workflow", "config", "ecodiff"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    prompts = {name: {"source": "shapeworld", "count": 3} for name in ("calibration", "evaluation")}
-    write_config(folder / "config", prompts=prompts, ablations=None)
+    sets = {"calibration": 0, "evaluation": 100}
+    prompts = {name: {"source": "shapeworld", "count": 8, "seed": s} for name, s in sets.items()}
+    write_config(folder / "config", prompts=prompts, ablations=None, retrain={"lora": {"batch": 8}})
     done = snakemake(folder, *made(folder), "--cores", 1, root=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
@@ -302,7 +300,7 @@ def test_an_edit_of_a_key_reruns_what_reads_it(house):
     file = house / "config/config.yaml"
     before = file.read_text()
     config = yaml.safe_load(before)
-    config["prompts"]["evaluation"]["seed"] = 8
+    config["prompts"]["evaluation"]["seed"] = 108
     config["mask"]["iterations"] = 7
     file.write_text(yaml.safe_dump(config))
     try:
@@ -340,6 +338,7 @@ def test_all_stages_run_on_a_tiny_model(tmp_path):
             "mask_cost": {"steps": [1, 2], "batch": 1},
         },
         "ablations": {"prompts": "evaluation", "judged_at": [0.1], "vary": {"batch": [1]}},
+        "allow_overlap": True,
     }
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(config))
     done = snakemake(tmp_path, "--configfile", "small.yaml", "--cores", 2)

@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from ecodiff.config.sections import LearningRates, MaskSettings, Name, Settings, Share
+from ecodiff.config.sections import (
+    LearningRates,
+    MaskSettings,
+    Name,
+    NonEmpty,
+    Settings,
+    Share,
+)
 
 DEFAULT = "default"
 
@@ -43,9 +50,9 @@ class AblationSettings(Settings):
     """The prompt set on which masks are judged; not the one they are learned on."""
     sparsity: Share = 0.2
     """What masks are learned for."""
-    judged_at: tuple[Share, ...] = (0.1, 0.2, 0.3)
+    judged_at: NonEmpty[Share] = (0.1, 0.2, 0.3)
     """The sparsities at which each mask's scores are judged."""
-    vary: dict[str, tuple[Any, ...]]
+    vary: dict[str, NonEmpty[Any]]
     """Keys of the section `mask`, and `sparsity`: the values that each takes, one key at a time;
     `lr`: the same for all kinds."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -13,6 +13,8 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 
@@ -22,13 +24,28 @@ MethodName = Literal[tuple(METHODS)]  # type: ignore[valid-type]
 RetrainKind = Literal["lora", "full"]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
 Share = Annotated[float, Field(gt=0, lt=1)]
+T = TypeVar("T")
+NonEmpty = Annotated[tuple[T, ...], Field(min_length=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class Settings(BaseModel):
     """Base of all sections: unknown keys are errors, values don't change, docstrings describe."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _yes_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML reads yes, no, on and off as truth values, which pydantic takes for 1 and 0."""
+        kinds = str(cls.model_fields[str(info.field_name)].annotation)
+        inside = value if isinstance(value, list | tuple) else [value]
+        if "bool" not in kinds and any(isinstance(one, bool) for one in inside):
+            raise ValueError(f"should be no truth value (yes, no, true, false), is {value}")
+        return value
 
 
 class PromptSet(Settings):
@@ -199,7 +216,17 @@ class MaskSettings(Settings):
     align: Literal[1, 8, 16, 64] = 1
     """Feed-forwards that lose neurons keep a multiple of this many: tensor cores are slow at other
     widths. 1: as the scores say."""
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _keys_are_read(self) -> MaskSettings:
+        if not self.checkpoint and self.keep_steps != 0:
+            raise ValueError("keep_steps: nothing reads it without checkpoint")
+        if not self.checkpoint and self.debug:
+            raise ValueError("debug: nothing reads it without checkpoint")
+        if self.memory_mb is not None and self.keep_steps != "auto":
+            raise ValueError("memory_mb: nothing reads it without keep_steps: auto")
+        return self
 
     @property
     def is_shared(self) -> bool:
@@ -218,7 +245,7 @@ class RetrainSettings(Settings):
     lr: PositiveFloat = 1e-4
     steps: PositiveInt = 1000
     batch: PositiveInt = 8
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     distillation: NonNegativeFloat = 0.0
     """Weight of the distance to the dense model's prediction, beside the training loss."""
 
@@ -287,9 +314,9 @@ class EfficiencySettings(Settings):
 class MaskCostSettings(Settings):
     """How the cost of one learning iteration is measured."""
 
-    steps: tuple[PositiveInt, ...] = (2, 4, 8)
+    steps: NonEmpty[PositiveInt] = (2, 4, 8)
     """Numbers of denoising steps."""
-    kept: tuple[Annotated[float, Field(ge=0, le=1)], ...] = (0.0, 1.0)
+    kept: NonEmpty[Annotated[float, Field(ge=0, le=1)]] = (0.0, 1.0)
     """Shares of the steps whose activations are kept; 0: all steps are recomputed."""
     batch: PositiveInt = 4
     repeats: PositiveInt = 3
@@ -321,6 +348,6 @@ class ReportSettings(Settings):
     """A csv of published results to show beside ours."""
     examples: PositiveInt = 8
     """Prompts in the picture grid."""
-    shown: tuple[Share, ...] | None = None
+    shown: NonEmpty[Share] | None = None
     """Sparsities in figures that have a row or column a variant; null: all. Such figures show the
     first seed alone."""

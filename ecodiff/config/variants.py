@@ -6,10 +6,18 @@ import re
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, NonNegativeInt, model_validator
+from pydantic import BeforeValidator, model_validator
 
 from ecodiff.config.methods import METHODS
-from ecodiff.config.sections import MethodName, Name, RetrainKind, Settings, Share
+from ecodiff.config.sections import (
+    MethodName,
+    Name,
+    NonEmpty,
+    RetrainKind,
+    Seed,
+    Settings,
+    Share,
+)
 from ecodiff.runtime.errors import UserError
 
 
@@ -22,27 +30,30 @@ class VariantSettings(Settings):
     """A family of variants: one a method, sparsity, seed, and with compensation or without."""
 
     method: Annotated[
-        tuple[MethodName, ...],
+        NonEmpty[MethodName],
         BeforeValidator(_listed, json_schema_input_type=MethodName | list[MethodName]),
     ]
     """One, or a list of them."""
-    sparsities: tuple[Share, ...]
+    sparsities: NonEmpty[Share]
     """Shares of the denoiser's parameters to remove, in whole per cent."""
     compensation: Annotated[
-        tuple[bool, ...], BeforeValidator(_listed, json_schema_input_type=bool | list[bool])
+        NonEmpty[bool], BeforeValidator(_listed, json_schema_input_type=bool | list[bool])
     ] = (False,)
     """Re-solve the surviving weights by least squares; [false, true] for variants of both kinds."""
-    seeds: tuple[NonNegativeInt, ...] | None = None
+    seeds: NonEmpty[Seed] | None = None
     """A variant for each seed of the scores, instead of one with the seed of the section `mask`."""
     retrain: RetrainKind | None = None
-    models: tuple[Name, ...] | None = None
+    models: NonEmpty[Name] | None = None
     """The models it applies to; null: all."""
 
     @model_validator(mode="after")
     def _whole_percents(self) -> VariantSettings:
         for sparsity in self.sparsities:
-            if abs(100 * sparsity - round(100 * sparsity)) > 1e-6:
-                raise ValueError(f"sparsity {sparsity} is not a whole per cent, such as 0.25")
+            percent = 100 * sparsity
+            if not 1 <= round(percent) <= 99 or abs(percent - round(percent)) > 1e-6:
+                raise ValueError(
+                    f"sparsity {sparsity} is not a whole per cent from 0.01 to 0.99, such as 0.25"
+                )
         return self
 
     def variants(self) -> list[Variant]:
