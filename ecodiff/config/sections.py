@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -13,6 +14,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    field_validator,
     model_validator,
 )
 
@@ -99,6 +101,13 @@ class LoadSettings(Settings):
     """File variant on the hub, such as fp16."""
     config: str | None = None
     """For a source that is a single file: hub id or folder of the pipeline it belongs to."""
+
+    @field_validator("device")
+    @classmethod
+    def _is_a_device(cls, device: str) -> str:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+            raise ValueError(f"must be auto, cpu, cuda or cuda:<n>, not {device!r}")
+        return device
 
 
 class ResourceSettings(Settings):
