@@ -79,6 +79,8 @@ class CallSettings(Settings):
     (FLUX dev, LCM) take as an input."""
     true_cfg_scale: NonNegativeFloat | None = None
     """Qwen-Image, FLUX: classifier-free guidance; null: the pipeline's own default."""
+    negative_prompt: str | None = None
+    """What classifier-free guidance leads away from; null: the pipeline's own default."""
     height: PositiveInt
     width: PositiveInt
     num_frames: PositiveInt | None = None

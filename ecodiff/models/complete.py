@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import transformers
 from diffusers import ModelMixin
-from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from ecodiff.models import pruned
+from ecodiff.models.libraries import errors_only
 from ecodiff.runtime.errors import UserError, first_line
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -145,7 +143,7 @@ def _check_tensors(part: Path, kind: type, variant: str | None) -> None:
     read no values.
     """
     try:
-        with _silent():
+        with errors_only():
             model, info = kind.from_pretrained(
                 part,
                 variant=variant,
@@ -180,17 +178,3 @@ def _matters(model: nn.Module, name: str) -> bool:
     names = {name, name.removeprefix(f"{model.base_model_prefix}.")}
     is_of_a_part = any(hasattr(model, one.partition(".")[0]) for one in names)
     return is_of_a_part and not names & dict(model.named_buffers()).keys()
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Errors only: what is wrong is raised, and said in one line."""
-    loggers = (diffusers_logging, transformers_logging)
-    before = [logger.get_verbosity() for logger in loggers]
-    for logger in loggers:
-        logger.set_verbosity_error()
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, before, strict=True):
-            logger.set_verbosity(level)

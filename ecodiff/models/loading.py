@@ -10,7 +10,6 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils import logging as diffusers_logging
 from huggingface_hub.errors import (
     GatedRepoError,
     LocalEntryNotFoundError,
@@ -19,10 +18,10 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from torch import nn
-from transformers.utils import logging as transformers_logging
 
 from ecodiff.models import saving
 from ecodiff.models.complete import check_components, read_json
+from ecodiff.models.libraries import hide_bars
 from ecodiff.runtime.errors import UserError, first_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -59,9 +58,7 @@ def load_pipeline(
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
-    # Bars are for people; a job's log wants lines, and ours has its own.
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
+    hide_bars()
     path, kind = Path(source), DTYPES[dtype]
     if path.is_file():
         pipe = _single_file(path, config, kind)
