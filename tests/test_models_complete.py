@@ -128,11 +128,15 @@ def test_a_folder_without_an_index_is_refused(folder):
     refuses(folder, "model_index.json: missing")
 
 
-def test_weights_of_a_variant_name_the_key(tmp_path):
-    tiny("sdxl").save_pretrained(tmp_path, variant="fp16")
+@pytest.mark.parametrize("size", ["5GB", "100KB"])
+def test_weights_of_a_variant_name_the_key(size, tmp_path):
+    tiny("sdxl").save_pretrained(tmp_path, variant="fp16", max_shard_size=size)
     refuses(tmp_path, "holds only weights of variant fp16; set load.variant")
     assert loading.load_pipeline(tmp_path, variant="fp16").unet is not None
     refuses(tmp_path, "holds only weights of variant fp16", variant="bf16")
+    shard = sorted((tmp_path / "unet").glob("*.safetensors"))[0]
+    shard.unlink()
+    refuses(tmp_path, "unet.*(missing, but|no weights)", variant="fp16")
 
 
 def test_a_folder_of_ours_needs_no_variant(tmp_path):
