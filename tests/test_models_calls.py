@@ -9,6 +9,8 @@ import torch
 from tiny import CALLS, tiny
 
 from ecodiff.calibrate import calibrate
+from ecodiff.config.reading import read_settings
+from ecodiff.config.sections import CallSettings
 from ecodiff.models import calls, pipelines
 from ecodiff.models.structures import denoiser_of
 from ecodiff.runtime.errors import UserError
@@ -53,6 +55,14 @@ def test_steps_are_a_whole_number(steps):
 
 def test_an_unknown_key_is_refused_before_encoding():
     refuses("sdxl", "call: guidance is not a setting of StableDiffusionXL", guidance=3)
+
+
+@pytest.mark.parametrize("key", ["guidance_scale", "true_cfg_scale"])
+@pytest.mark.parametrize("value", [".inf", ".nan"])
+def test_a_config_takes_no_infinite_scale(key, value):
+    text = f"{{num_inference_steps: 1, height: 64, width: 64, {key}: {value}}}"
+    with pytest.raises(UserError, match=f"^{key}: should be a finite number"):
+        read_settings(CallSettings, text)
 
 
 def test_what_the_pipeline_finds_wrong_later_is_one_line_too():

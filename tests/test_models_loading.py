@@ -68,6 +68,18 @@ def test_an_unknown_dtype_lists_the_known_ones():
         loading.load_pipeline("owner/name", dtype="int8")
 
 
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"device": "banana"}, "device: banana is not one of auto, cpu"),
+        ({"device_map": "banana"}, "device_map: 'banana' is not one of balanced, "),
+    ],
+)
+def test_an_unknown_place_lists_the_known_ones(options, line):
+    with pytest.raises(UserError, match=line):
+        loading.load_pipeline("owner/name", **options)
+
+
 def answers(kind):
     """An error of the hub's client, without the response that it would come with."""
     return kind.__new__(kind, "no")

@@ -73,6 +73,8 @@ class PromptSet(Settings):
 class CallSettings(Settings):
     """How the pipeline is called, the same for all stages and variants of a model."""
 
+    model_config = ConfigDict(allow_inf_nan=False)
+
     num_inference_steps: PositiveInt
     guidance_scale: NonNegativeFloat | None = None
     """null: the pipeline's own default. Classifier-free guidance, or what guidance-distilled models

@@ -10,6 +10,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.pipelines.pipeline_utils import SUPPORTED_DEVICE_MAP
 from huggingface_hub.errors import (
     GatedRepoError,
     LocalEntryNotFoundError,
@@ -22,6 +23,7 @@ from torch import nn
 from ecodiff.models import saving
 from ecodiff.models.complete import check_components, read_json
 from ecodiff.models.libraries import hide_bars
+from ecodiff.runtime.devices import choose_device
 from ecodiff.runtime.errors import UserError, first_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -45,7 +47,7 @@ def load_pipeline(
     Args:
         source: hub id (owner/name), folder, or a .safetensors file with all weights.
         dtype: one of `DTYPES`, what weights are cast to.
-        device: where the pipeline goes; not used with a device map.
+        device: where the pipeline goes, see `choose_device`; not used with a device map.
         device_map: how components are spread over GPUs, such as "balanced".
         revision: commit, tag or branch on the hub.
         variant: file variant, such as fp16.
@@ -53,11 +55,16 @@ def load_pipeline(
         encoders: false leaves text encoders and tokenizers out: prompts were encoded before.
 
     Raises:
-        UserError: an unknown `dtype`, or the source is missing, gated, truncated, holds pickles
-            only, or can't be reached; the line says what helps.
+        UserError: an unknown `dtype`, `device` or `device_map`, or the source is missing, gated,
+            truncated, incomplete, holds pickles only, or can't be reached; the line says what
+            helps.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
+    if device_map not in (None, *SUPPORTED_DEVICE_MAP):
+        allowed = ", ".join(dict.fromkeys(SUPPORTED_DEVICE_MAP))
+        raise UserError(f"device_map: {device_map!r} is not one of {allowed}")
+    device = choose_device(device) if device_map is None else device
     hide_bars()
     path, kind = Path(source), DTYPES[dtype]
     if path.is_file():
