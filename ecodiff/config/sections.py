@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -98,12 +99,16 @@ class PromptSet(Settings):
 class CallSettings(Settings):
     """How the pipeline is called, the same for all stages and variants of a model."""
 
+    model_config = ConfigDict(allow_inf_nan=False)
+
     num_inference_steps: PositiveInt
     guidance_scale: NonNegativeFloat | None = None
     """null: the pipeline's own default. Classifier-free guidance, or what guidance-distilled models
     (FLUX dev, LCM) take as an input."""
     true_cfg_scale: NonNegativeFloat | None = None
     """Qwen-Image, FLUX: classifier-free guidance; null: the pipeline's own default."""
+    negative_prompt: str | None = None
+    """What classifier-free guidance leads away from; null: the pipeline's own default."""
     height: PositiveInt
     width: PositiveInt
     num_frames: PositiveInt | None = None
@@ -126,6 +131,13 @@ class LoadSettings(Settings):
     """File variant on the hub, such as fp16."""
     config: str | None = None
     """For a source that is a single file: hub id or folder of the pipeline it belongs to."""
+
+    @field_validator("device")
+    @classmethod
+    def _is_a_device(cls, device: str) -> str:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+            raise ValueError(f"must be auto, cpu, cuda or cuda:<n>, not {device!r}")
+        return device
 
 
 class ResourceSettings(Settings):

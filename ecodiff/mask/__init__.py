@@ -18,10 +18,12 @@ from torch import Tensor
 
 from ecodiff.calibrate import Calibration, calibrate
 from ecodiff.config.methods import METHODS
+from ecodiff.config.reading import read_settings
 from ecodiff.config.sections import MaskSettings
 from ecodiff.mask.methods import Request, Scores, scored
 from ecodiff.mask.select import check_scores, limits_of, removed_share, select
 from ecodiff.mask.sensitivity import closed_means
+from ecodiff.models.pruned import Pruned
 from ecodiff.models.structures import Structure, count_parameters, denoiser_of, discover
 from ecodiff.runtime.artifacts import atomic
 from ecodiff.runtime.errors import UserError
@@ -89,7 +91,7 @@ def score(
     *,
     seed: int = 0,
     calibration: Calibration | None = None,
-    settings: MaskSettings | None = None,
+    settings: MaskSettings | Mapping[str, Any] | None = None,
     sparsity: float | None = None,
 ) -> Scores:
     """Score every unit with a method of `config.methods.METHODS`.
@@ -105,9 +107,11 @@ def score(
         Structure name -> fp32 (units,), higher is more important.
 
     Raises:
-        UserError: an unknown method, or something that the method needs is missing.
+        UserError: an unknown method, something that the method needs is missing, or the model is
+            pruned already.
     """
-    request = Request(seed, settings or MaskSettings(), calibration, sparsity)
+    _refuse_pruned(pipe)
+    request = Request(seed, read_settings(MaskSettings, settings), calibration, sparsity)
     return scored(pipe, method, request)[0]
 
 
@@ -117,7 +121,7 @@ def make_mask(
     sparsity: float,
     *,
     calibration: Calibration | None = None,
-    settings: MaskSettings | None = None,
+    settings: MaskSettings | Mapping[str, Any] | None = None,
     scratch: Path | None = None,
 ) -> tuple[Mask, pd.DataFrame]:
     """Score with a method, then select: the mask and the history (no rows for baselines).
@@ -126,11 +130,9 @@ def make_mask(
     holds the state of unfinished learning, see `learn.learn_mask`. Raises what `score` and `select`
     do.
     """
-    settings = settings or MaskSettings()
+    settings = read_settings(MaskSettings, settings)
     denoiser = denoiser_of(pipe)
-    nothing = {s.name: torch.zeros(s.units) for s in discover(denoiser)}
-    # Fails before hours of learning, not after, when the sparsity cannot be reached.
-    _selected(pipe, nothing, sparsity, settings)
+    _check_target(pipe, sparsity, settings)
     request = Request(settings.seed, settings, calibration, sparsity, scratch)
     found, history = scored(pipe, method, request)
     info = {
@@ -149,27 +151,45 @@ def make_mask(
 
 def learn_mask(
     pipe: DiffusionPipeline,
-    prompts: Sequence[str],
+    prompts: str | Sequence[str],
     sparsity: float = 0.2,
     *,
     seeds: Sequence[int] | None = None,
-    call: dict[str, Any] | None = None,
-    settings: MaskSettings | None = None,
+    call: Mapping[str, Any] | None = None,
+    settings: MaskSettings | Mapping[str, Any] | None = None,
 ) -> Mask:
     """Calibrate on prompts, learn (EcoDiff) and select, in one go.
 
     Args:
         pipe: the dense pipeline.
-        prompts: calibration captions; a hundred do.
+        prompts: calibration captions, or a single one; a hundred do.
         sparsity: share of the denoiser's parameters to remove.
         seeds: of the starting noise, a different one a prompt; 0, 1, 2, ... by default.
         call: how to call the pipeline; its own defaults otherwise.
-        settings: how to learn.
+        settings: how to learn; a mapping holds some of the keys of `MaskSettings`.
+
+    Raises:
+        UserError: what `calibrate`, `score` and `select` raise, all before anything is computed
+            but for values that are not finite.
     """
-    settings = settings or MaskSettings()
+    settings = read_settings(MaskSettings, settings)
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     seeds = list(range(len(prompts))) if seeds is None else list(seeds)
-    calibration = calibrate(pipe, list(prompts), seeds, call or {}, settings.batch)
+    _check_target(pipe, sparsity, settings)
+    calibration = calibrate(pipe, prompts, seeds, dict(call or {}), settings.batch)
     return make_mask(pipe, "ecodiff", sparsity, calibration=calibration, settings=settings)[0]
+
+
+def _refuse_pruned(pipe: DiffusionPipeline) -> None:
+    if isinstance(denoiser_of(pipe), Pruned):
+        raise UserError("mask: the denoiser is pruned already; masks are those of the dense model")
+
+
+def _check_target(pipe: DiffusionPipeline, sparsity: float, settings: MaskSettings) -> None:
+    """Fails before hours of learning, not after, when the sparsity cannot be reached."""
+    _refuse_pruned(pipe)
+    nothing = {s.name: torch.zeros(s.units) for s in discover(denoiser_of(pipe))}
+    _selected(pipe, nothing, sparsity, settings)
 
 
 def _selected(
