@@ -147,7 +147,10 @@ def test_what_a_job_reads_of_the_saved_config_is_what_was_planned(tmp_path):
     assert found == plan.mask_settings("a", "ecodiff-20-s3")
 
 
-def test_prompts_are_read_from_their_files_and_judged_by_their_pictures():
+def test_prompts_are_read_from_their_files_and_judged_by_their_pictures(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.json").touch()
+    (tmp_path / "val").mkdir()
     real = {"source": "coco", "path": "c.json", "images": "val", "count": 2, "seed": 50}
     shapes = {"source": "shapeworld", "count": 2}
     plan = planned(prompts={"calibration": shapes, "evaluation": real})

@@ -95,15 +95,15 @@ class Plan:
         return [name for name, one in sets if (one.source == "shapeworld") == drawn]
 
     def prompt_files(self, set: str) -> list[str]:
-        """What a prompt set is read from."""
-        return self.config.prompts[set].files
+        """What a prompt set is read from. A dry-run may come before its files do."""
+        return [file for file in self.config.prompts[set].files if Path(file).exists()]
 
     def real_pictures(self) -> list[str]:
         """The folder of the real pictures that variants are judged by; none without them."""
         name = self.config.evaluate.prompts
         if self.config.prompts[name].source == "shapeworld":
             return [f"{self.results}/prompts/{name}"]
-        return self.config.prompts[name].files[1:]
+        return self.prompt_files(name)[1:]
 
     def prompts(self, set: str) -> str:
         """The table of a prompt set."""

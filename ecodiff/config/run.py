@@ -7,6 +7,7 @@ is what `python -m ecodiff.config.run` prints. Imports no torch.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -106,33 +107,41 @@ def load_config(source: str | Path | Mapping[str, Any] | Document) -> Config:
         values = isinstance(source, Mapping)
         source = Document(source) if values else read_document(Path(str(source)))
     config = read_settings(Config, source)
-    _raise_all(mistakes(config), source)
+    lines = _lines(mistakes(config), source)
+    if lines:
+        raise UserError("\n".join(lines))
     return config
 
 
-def load_planned(values: Mapping[str, Any], files: Sequence[str | Path]) -> Config:
-    """The config of a run that is to begin: the files that it names are there, too.
+def load_planned(
+    values: Mapping[str, Any], files: Sequence[str | Path]
+) -> tuple[Config, list[str]]:
+    """The config of a run that is to begin, and a line for each file of it that is not there.
 
     Args:
         values: what Snakemake read of `files`, `--config` put over it.
         files: where it was read; messages name the lines of the last one.
 
     Raises:
-        UserError: what `load_config` raises, or a file or folder is not there.
+        UserError: see `load_config`.
     """
-    documents = [read_document(Path(file)) for file in files]  # finds keys that stand there twice
+    documents = [
+        read_document(_from_here(file)) for file in files
+    ]  # finds keys that stand there twice
     last = documents[-1] if documents else Document(None)
     document = Document(values, last.name, last.lines)
     config = load_config(document)
-    _raise_all(missing(config), document)
-    return config
+    return config, _lines(missing(config), document)
 
 
-def _raise_all(found: Iterable[Mistake], document: Document) -> None:
-    """Raise `UserError` with a line for each mistake; do nothing when there is none."""
-    lines = dict.fromkeys(f"{document.where(path)}: {message}" for path, message in found)
-    if lines:
-        raise UserError("\n".join(lines))
+def _from_here(file: str | Path) -> Path:
+    """The file's path relative to the working directory, where that is shorter to read."""
+    here = os.path.relpath(file)
+    return Path(file) if here.startswith("..") else Path(here)
+
+
+def _lines(found: Iterable[Mistake], document: Document) -> list[str]:
+    return [*dict.fromkeys(f"{document.where(path)}: {message}" for path, message in found)]
 
 
 def schema() -> str:
