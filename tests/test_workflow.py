@@ -1,32 +1,17 @@
 """The workflow as users run it: plans, refusals, reruns, and once everything on a tiny model."""
 
-import os
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pandas as pd
 import pytest
 import yaml
+from workflow_runs import ROOT, snakemake, tiny_models
 
 from ecodiff.config.methods import METHODS
 from ecodiff.config.run import load_config
 
-ROOT = Path(__file__).parents[1]
-BIN = Path(sys.executable).parent
 MODELS = ("resources/toys/toy-sdxl", "resources/toys/toy-flux", "resources/toys/toy-clip")
-
-
-def snakemake(folder, *words, root=ROOT):
-    """Runs Snakemake with a folder as its working directory."""
-    command = [sys.executable, "-m", "snakemake", "--snakefile", root / "Snakefile"]
-    command += ["--directory", folder, *words]
-    environment = {**os.environ, "PYTHONPATH": str(root), "PATH": f"{BIN}:{os.environ['PATH']}"}
-    return subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, env=environment, cwd=folder
-    )
 
 
 def write_config(folder, base="config.yaml", **changes):
@@ -35,13 +20,18 @@ def write_config(folder, base="config.yaml", **changes):
     return folder / "config.yaml"
 
 
+def stand_ins(folder):
+    """Make it seem that the demo's models are there."""
+    for model in MODELS:
+        (folder / model).mkdir(parents=True)
+        (folder / model / "model_index.json").write_text("{}")
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A working directory where the demo's models seem to be."""
     folder = tmp_path_factory.mktemp("place")
-    for model in MODELS:
-        (folder / model).mkdir(parents=True)
-        (folder / model / "model_index.json").write_text("{}")
+    stand_ins(folder)
     return folder
 
 
@@ -254,6 +244,7 @@ def house(tmp_path_factory):
     folder = tmp_path_factory.mktemp("house")
     for name in ("Snakefile", "environment.yml"):
         shutil.copy(ROOT / name, folder)
+    stand_ins(folder)
     for name in ("workflow", "config", "ecodiff"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     sets = {"calibration": 0, "evaluation": 100}
@@ -311,12 +302,7 @@ def test_an_edit_of_a_key_reruns_what_reads_it(house):
 
 @pytest.mark.slow
 def test_all_stages_run_on_a_tiny_model(tmp_path):
-    from tiny import tiny_flux
-
-    from ecodiff.toys import clip
-
-    tiny_flux().save_pretrained(tmp_path / "tiny")
-    clip.save(clip.CLIP(**clip.CONFIG), tmp_path / "clip")
+    tiny_models(tmp_path)
     call = {"num_inference_steps": 2, "max_sequence_length": 16, "height": 64, "width": 64}
     prompts = {"source": "shapeworld", "split": "held-out", "count": 4}
     config = {
