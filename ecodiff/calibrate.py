@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ecodiff.models.calls import check_call, log_cut_prompts, why_not_finite
 from ecodiff.models.families import Call, runs_per_step
 from ecodiff.models.pipelines import denoise, encode, fingerprint, starting_noise
 from ecodiff.models.structures import Structure, denoiser_of, discover, modulation_linears
@@ -110,13 +111,12 @@ def calibrate(
 ) -> Calibration:
     """Record the dense model on the prompts (EcoDiff, "end-to-end objective": the target z0).
 
-    Raises `UserError` when there are no prompts, prompts and seeds don't match in number, two
-    seeds are equal, or a final latent is not finite.
+    Raises `UserError` when there are no prompts, one is no text, seeds don't match them in number,
+    are equal or out of range, `call` doesn't fit the pipeline, or a final latent is not finite.
     """
-    if not prompts or len(prompts) != len(seeds):
-        raise UserError(f"calibrate: {len(prompts)} prompts need as many seeds, got {len(seeds)}")
-    if len(set(seeds)) != len(seeds):
-        raise UserError("calibrate: seeds must differ, or prompts would share their starting noise")
+    prompts, seeds = checked_inputs(prompts, seeds)
+    check_call(pipe, call)
+    log_cut_prompts(pipe, prompts, call)
     parts = []
     with averaged(denoiser_of(pipe)) as means:
         for chunk in _chunks(len(prompts), batch_size):
@@ -127,10 +127,11 @@ def calibrate(
     z0 = torch.cat([part[2] for part in parts])
     bad = [seeds[i] for i, row in enumerate(z0.flatten(1)) if not row.isfinite().all()]
     if bad:
-        raise UserError(f"calibrate: latents of seeds {bad[:5]} are not finite; try dtype float32")
+        why = why_not_finite(pipe)
+        raise UserError(f"calibrate: latents of seeds {bad[:5]} are not finite; {why}")
     return Calibration(
-        prompts=list(prompts),
-        seeds=[int(seed) for seed in seeds],
+        prompts=prompts,
+        seeds=seeds,
         embeds={key: torch.cat([part[0][key] for part in parts]) for key in parts[0][0]},
         noise=torch.cat([part[1] for part in parts]),
         z0=z0,
@@ -138,6 +139,22 @@ def calibrate(
         fingerprint=fingerprint(pipe),
         means=means,
     )
+
+
+def checked_inputs(prompts: Sequence[str], seeds: Sequence[int]) -> tuple[list[str], list[int]]:
+    """Prompts and the seeds of their noise as lists, once they are known to be usable."""
+    prompts, seeds = list(prompts), list(seeds)
+    for i, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            raise UserError(f"calibrate: prompt {i} is {prompt!r}, must be a text")
+    if not prompts or len(prompts) != len(seeds):
+        raise UserError(f"calibrate: {len(prompts)} prompts need as many seeds, got {len(seeds)}")
+    for seed in seeds:
+        if not hasattr(seed, "__index__") or not 0 <= seed < 2**63:
+            raise UserError(f"calibrate: seed {seed!r} is not a whole number from 0 to 2^63 - 1")
+    if len(set(seeds)) != len(seeds):
+        raise UserError("calibrate: seeds must differ, or prompts would share their starting noise")
+    return prompts, [int(seed) for seed in seeds]
 
 
 @contextmanager
@@ -245,7 +262,7 @@ def gather_grams(
         calibration.drawn_by(pipe, batch_size)
     bad = [name for name, gram in grams.gram.items() if not gram.isfinite().all()]
     if bad:
-        raise UserError(f"grams: inputs of {bad[0]} are not finite; try dtype bfloat16 or float32")
+        raise UserError(f"grams: inputs of {bad[0]} are not finite; {why_not_finite(pipe)}")
     return grams
 
 

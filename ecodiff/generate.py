@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from ecodiff.models.calls import log_cut_prompts, why_not_finite
 from ecodiff.models.pipelines import decode, denoise, encode, starting_noise
 from ecodiff.runtime.artifacts import atomic
 from ecodiff.runtime.errors import UserError
@@ -55,6 +56,7 @@ def generate(
         UserError: a final latent is not finite; the prompts are named.
     """
     latents = []
+    log_cut_prompts(pipe, prompts["prompt"].tolist(), call)
     with atomic(folder) as scratch:
         scratch.mkdir()
         for start in range(0, len(prompts), batch_size):
@@ -63,7 +65,7 @@ def generate(
                 embeds = encode(pipe, rows["prompt"].tolist(), call)
                 noise = starting_noise(pipe, rows["seed"].tolist(), call)
                 z0 = denoise(pipe, embeds, noise, call)
-                latents.append(_finite(z0, rows["index"].tolist()))
+                latents.append(_finite(pipe, z0, rows["index"].tolist()))
                 images = decode(pipe, z0, call)
             for index, image in zip(rows["index"], images, strict=True):
                 Image.fromarray(image).save(scratch / f"{index:05d}.png")
@@ -71,11 +73,12 @@ def generate(
         save_file({"index": index, "z0": torch.cat(latents)}, scratch / "latents.safetensors")
 
 
-def _finite(z0: torch.Tensor, indices: list[int]) -> torch.Tensor:
+def _finite(pipe: DiffusionPipeline, z0: torch.Tensor, indices: list[int]) -> torch.Tensor:
     """z0 as float32 on the CPU, once it is known to be finite."""
     z0 = z0.float().cpu()
     good = z0.flatten(1).isfinite().all(1)
     if not good.all():
         bad = [index for index, fine in zip(indices, good.tolist(), strict=True) if not fine]
-        raise UserError(f"generate: latents of prompts {bad[:5]} are not finite; try dtype float32")
+        why = why_not_finite(pipe)
+        raise UserError(f"generate: latents of prompts {bad[:5]} are not finite; {why}")
     return z0

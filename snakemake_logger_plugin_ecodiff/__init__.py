@@ -9,7 +9,6 @@ it.
 from __future__ import annotations
 
 import logging
-import re
 import time
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -29,6 +28,14 @@ ONE_LINE = {
     "cannot be locked": "another run works in this folder; when none does (it was killed): "
     "snakemake --unlock",
 }
+# What a failed job says better itself.
+SAID_BETTER = (
+    "Exiting because a job",
+    "Error in rule",
+    "RuleException",
+    "WorkflowError:\nAt least one",
+)
+ERROR = "ecodiff: error: "
 # Said by Snakemake without an event, and worth a line.
 WORTH_SAYING = ("Nothing to be done", "Unlocking")
 
@@ -94,7 +101,7 @@ class Watch:
         self.planned: Counter[str] = Counter()
         self.done: Counter[str] = Counter()
         self.seconds: defaultdict[str, list[float]] = defaultdict(list)
-        self.failed: set[int] = set()
+        self.failed: dict[int, str] = {}  # id -> what failed, and why in a line
         self.bars = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
@@ -126,9 +133,12 @@ class Watch:
                     self._say(record)
 
     def end(self) -> None:
-        """Take the bars away."""
+        """Take the bars away; what failed is said last, each reason once."""
         if self.live.is_started:
             self.live.stop()
+        for line in dict.fromkeys(self.failed.values()):
+            self.console.print(Text(line, "red"), soft_wrap=True)
+        self.failed.clear()
 
     def left(self) -> float | None:
         """Seconds until all is done; None before any job has ended.
@@ -171,6 +181,7 @@ class Watch:
         took = time.monotonic() - began
         self.seconds[rule].append(took)
         self.done[rule] += 1
+        self.failed.pop(job, None)  # its second try was better
         self.bars.advance(self.tasks[rule])
         if "all" in self.tasks:
             self.bars.advance(self.tasks["all"])
@@ -184,21 +195,24 @@ class Watch:
 
     def _fail(self, job: Any) -> None:
         rule, names, _ = self.jobs.pop(job.jobid, (job.rule_name, "", 0.0))
-        if job.jobid in self.failed:  # said when it failed, and again at the end
+        if job.jobid in self.failed:  # told when it failed, and by Snakemake again at the end
             return
-        self.failed.add(job.jobid)
         self.console.print(Text(f"failed: {rule} {names}".strip(), "bold red"), soft_wrap=True)
+        reason = f"{rule} {names} failed".strip()
         for path in job.log or ():
-            for line in tail(Path(path)):
+            lines = tail(Path(path))
+            for line in lines:
                 self.console.print(Text(f"  {line}"), soft_wrap=True)
             self.console.print(Text(f"  log: {path}", "dim"), soft_wrap=True)
+            reason = lines[-1] if lines and ERROR in lines[-1] else f"{reason}; see {path}"
+        self.failed[job.jobid] = reason
 
     def _say(self, record: logging.LogRecord) -> None:
         message = record.getMessage().strip()
         for part, line in ONE_LINE.items():
             if part in message:
                 message = line
-        if message.startswith(("Exiting because a job", "Error in rule")) or not message:
+        if message.startswith(SAID_BETTER) or not message:
             return
         style = "red" if record.levelno >= logging.ERROR else ""
         self.console.print(Text(message, style), soft_wrap=True)
@@ -221,7 +235,7 @@ def tail(log: Path) -> list[str]:
         lines = log.read_text(errors="replace").splitlines()
     except OSError:
         return []
-    errors = [line for line in lines if re.match(r"ecodiff: error: ", line)]
+    errors = [line for line in lines if line.startswith(ERROR)]
     return errors[-1:] or lines[-TAIL:]
 
 

@@ -58,7 +58,8 @@ def write_run(
     prompts = folder / "prompts" / "evaluation.parquet"
     prompts.parent.mkdir(parents=True)
     captions = [scene.caption for scene in scenes]
-    pd.DataFrame({"index": range(10), "prompt": captions}).to_parquet(prompts)
+    table = {"index": range(10), "prompt": captions, "seed": range(10), "image": [None] * 10}
+    pd.DataFrame(table).to_parquet(prompts)
     for model in models:
         names = ["dense", *pruned]
         cost, quality = {}, {}

@@ -45,7 +45,7 @@ def test_an_error_of_the_users_is_one_line_and_status_2(tmp_path, capsys):
     assert ecodiff(*words, "--settings", "{source: shapeworld, count: 0}") == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert error.startswith("ecodiff: error: count: ")
+    assert error.startswith("ecodiff: error: --settings: count: ")
     assert not list(tmp_path.iterdir())
 
 

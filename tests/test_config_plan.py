@@ -14,6 +14,9 @@ def planned(**changes):
     """The plan of a small run, with some sections changed."""
     sections = {
         "run": "small",
+        "mask": {"batch": 2},
+        "retrain": {"lora": {"batch": 2}},
+        "evaluate": {"mask_cost": None},
         "models": {
             "a": {"source": "org/a", "call": {"num_inference_steps": 1, "height": 8, "width": 8}},
             "b": {"source": "folder", "call": {"num_inference_steps": 1, "height": 8, "width": 8}},
@@ -25,7 +28,7 @@ def planned(**changes):
         ],
         "prompts": {
             "calibration": {"source": "shapeworld", "count": 3},
-            "evaluation": {"source": "shapeworld", "count": 10},
+            "evaluation": {"source": "shapeworld", "count": 10, "seed": 100},
         },
     }
     return Plan(load_config({**sections, **changes}))
@@ -35,7 +38,7 @@ def planned(**changes):
     ("sparsities", "mask"), [("shared", "ecodiff-20"), ("per-sparsity", "ecodiff-10")]
 )
 def test_one_mask_serves_all_sparsities_where_learning_is_shared(sparsities, mask):
-    plan = planned(mask={"sparsities": sparsities})
+    plan = planned(mask={"sparsities": sparsities, "batch": 2})
     assert plan.mask("a", "ecodiff-10") == f"results/small/a/masks/{mask}/mask.safetensors"
 
 
@@ -52,7 +55,7 @@ def test_methods_that_do_not_learn_are_scored_once():
 
 
 def test_a_seed_in_a_masks_name_is_that_of_its_settings():
-    plan = planned(mask={"seed": 5})
+    plan = planned(mask={"seed": 5, "batch": 2})
     assert plan.mask_settings("a", "ecodiff-20").seed == 5
     assert plan.mask_settings("a", "ecodiff-20-s7").seed == 7
     assert plan.aim("ecodiff-20-s7")[-1] == json.dumps({"seed": 7})
@@ -86,7 +89,7 @@ def test_a_retrained_variant_starts_from_its_pruned_one():
 
 
 def test_retraining_may_have_prompts_of_its_own():
-    plan = planned(retrain={"lora": {"prompts": "evaluation"}})
+    plan = planned(retrain={"lora": {"prompts": "evaluation", "batch": 2}}, allow_overlap=True)
     data = plan.retraining_data("a", "ecodiff-20-comp-lora")
     assert data == "results/small/a/evaluation.safetensors"
     assert planned().retraining_data("a", "ecodiff-20-comp-lora") == plan.calibration("a")
@@ -122,10 +125,10 @@ def test_figures_are_those_that_can_be_filled():
 
 
 def test_an_ablation_is_told_what_it_changes():
-    sweep = {"prompts": "evaluation", "vary": {"batch": [2], "lr": [0.3], "sparsity": [0.4]}}
-    plan = planned(ablations=sweep)
-    *_, changes = plan.ablation_aim("a", "batch-2")
-    assert json.loads(changes) == {"batch": 2}
+    sweep = {"prompts": "evaluation", "vary": {"batch": [1], "lr": [0.3], "sparsity": [0.4]}}
+    plan = planned(ablations=sweep, allow_overlap=True)
+    *_, changes = plan.ablation_aim("a", "batch-1")
+    assert json.loads(changes) == {"batch": 1}
     *_, changes = plan.ablation_aim("a", "lr-0.3")
     assert json.loads(changes) == {"lr": {"heads": 0.3, "neurons": 0.3, "modulation": 0.3}}
     assert plan.ablation_aim("a", "sparsity-0.4") == ["--method", "ecodiff", "--percent", "40"]
@@ -136,12 +139,25 @@ def test_what_a_job_reads_of_the_saved_config_is_what_was_planned(tmp_path):
     from ecodiff.cli.common import Source
     from ecodiff.config.sections import MaskSettings
 
-    plan = planned(mask={"iterations": 7, "seed": 1})
+    plan = planned(mask={"iterations": 7, "seed": 1, "batch": 2})
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(plan.config.model_dump(mode="json")))
     *_, changes = plan.aim("ecodiff-20-s3")
     found = Source(path, "a").of_model(MaskSettings, changes, "mask")
     assert found == plan.mask_settings("a", "ecodiff-20-s3")
+
+
+def test_prompts_are_read_from_their_files_and_judged_by_their_pictures(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.json").touch()
+    (tmp_path / "val").mkdir()
+    real = {"source": "coco", "path": "c.json", "images": "val", "count": 2, "seed": 50}
+    shapes = {"source": "shapeworld", "count": 2}
+    plan = planned(prompts={"calibration": shapes, "evaluation": real})
+    assert plan.prompt_sets(drawn=True) == ["calibration"]
+    assert plan.prompt_files("evaluation") == ["c.json", "val"]
+    assert plan.real_pictures() == ["val"]
+    assert planned().real_pictures() == ["results/small/prompts/evaluation"]
 
 
 def test_planning_needs_no_torch():

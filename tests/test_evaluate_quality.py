@@ -243,7 +243,7 @@ def test_pictures_of_other_prompts_are_refused(gallery: Gallery) -> None:
 
 def test_a_missing_real_image_is_named(gallery: Gallery) -> None:
     Path(gallery.prompts["image"][3]).unlink()
-    with pytest.raises(UserError, match=r"real3\.png cannot be read"):
+    with pytest.raises(UserError, match=r"real3\.png: there is no such file"):
         Judge(gallery.prompts, gallery.dense, gallery.settings)
 
 

@@ -172,3 +172,26 @@ def test_a_loss_that_is_not_finite_stops_lora_and_leaves_the_model():
     with pytest.raises(UserError, match="not finite at step 0"):
         retrain(pipe, calibration, SETTINGS["lora"])
     assert torch.equal(torch.cat([v.flatten() for v in pipe.transformer.parameters()]), before)
+
+
+@pytest.mark.parametrize(
+    ("model", "record"), [("flux", "sdxl"), ("sdxl", "flux"), ("sd15", "sdxl")]
+)
+def test_a_record_of_another_family_is_refused(model, record):
+    _, calibration = calibrated(record)
+    with pytest.raises(UserError, match=r"another model|is not a setting of") as caught:
+        retrain(tiny(model), calibration, SETTINGS["full"])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_teacher_of_another_family_is_refused():
+    pipe, calibration = half_pruned("sdxl")
+    settings = RetrainSettings(kind="full", steps=1, distillation=1.0)
+    with pytest.raises(UserError, match="record or teacher is of another model"):
+        retrain(pipe, calibration, settings, tiny("flux").transformer)
+
+
+def test_a_rank_that_no_weight_has_is_refused():
+    pipe, calibration = half_pruned("flux")
+    with pytest.raises(UserError, match="rank is 100000, but no weight has more than"):
+        retrain(pipe, calibration, RetrainSettings(kind="lora", rank=100000, steps=1))

@@ -112,6 +112,31 @@ def test_a_failed_job_is_told_once_with_the_end_of_its_log(tmp_path, clock):
     assert seen(failed) == ""
 
 
+def test_reasons_are_said_last_and_once(tmp_path, clock):
+    log = tmp_path / "x.log"
+    log.write_text("ecodiff: error: call: no\n")
+    seen = Seen()
+    seen(PLAN)
+    for job in (1, 2):
+        failed = begin(job, "generate", [str(log)], shard=job)
+        failed.event = LogEvent.JOB_ERROR
+        seen(failed)
+    seen(record(None, "WorkflowError:\nAt least one job did not complete.", logging.ERROR))
+    before = len(seen.file.getvalue())
+    seen.watch.end()
+    assert seen.file.getvalue()[before:] == "ecodiff: error: call: no\n"
+
+
+def test_a_job_whose_second_try_ends_well_has_not_failed(tmp_path, clock):
+    failed = begin(1, "prune")
+    failed.event = LogEvent.JOB_ERROR
+    seen = Seen()
+    seen(PLAN, begin(1, "prune"), failed, begin(1, "prune"), ended(1))
+    before = len(seen.file.getvalue())
+    seen.watch.end()
+    assert seen.file.getvalue()[before:] == ""
+
+
 def test_an_error_of_the_users_is_its_line_alone(tmp_path):
     log = tmp_path / "x.log"
     log.write_text("loading\necodiff: error: call: no\n")

@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from ecodiff.config.sections import LearningRates, MaskSettings, Name, Settings, Share
+from ecodiff.config.sections import (
+    LearningRates,
+    MaskSettings,
+    Name,
+    NonEmpty,
+    Settings,
+    Share,
+)
 
 DEFAULT = "default"
 
@@ -43,9 +50,9 @@ class AblationSettings(Settings):
     """Prompt set on which masks are judged, by relative latent error; not the calibration set."""
     sparsity: Share = 0.2
     """Sparsity that masks are learned for."""
-    judged_at: tuple[Share, ...] = (0.1, 0.2, 0.3)
+    judged_at: NonEmpty[Share] = (0.1, 0.2, 0.3)
     """Sparsities at which each mask is judged, by ranking its scores again."""
-    vary: dict[str, tuple[Any, ...]]
+    vary: dict[str, NonEmpty[Any]]
     """Key -> values to try, one change at a time. Keys are those of the section `mask`, and
     `sparsity`; a value of `lr` holds for all kinds. Each value is one more mask to learn."""
 

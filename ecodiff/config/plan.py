@@ -89,6 +89,22 @@ class Plan:
         _, local, folder = self.config.evaluate.clip_model.partition("local-dir:")
         return sorted(map(str, Path(folder).glob("*"))) or [folder] if local else []
 
+    def prompt_sets(self, drawn: bool) -> list[str]:
+        """The prompt sets whose true pictures are drawn, or those that are read from files."""
+        sets = self.config.prompts.items()
+        return [name for name, one in sets if (one.source == "shapeworld") == drawn]
+
+    def prompt_files(self, set: str) -> list[str]:
+        """What a prompt set is read from. A dry-run may come before its files do."""
+        return [file for file in self.config.prompts[set].files if Path(file).exists()]
+
+    def real_pictures(self) -> list[str]:
+        """The folder of the real pictures that variants are judged by; none without them."""
+        name = self.config.evaluate.prompts
+        if self.config.prompts[name].source == "shapeworld":
+            return [f"{self.results}/prompts/{name}"]
+        return self.prompt_files(name)[1:]
+
     def prompts(self, set: str) -> str:
         """The table of a prompt set."""
         return f"{self.results}/prompts/{set}.parquet"

@@ -6,8 +6,9 @@ The docstring below a setting is its description in the JSON schema of the confi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -17,6 +18,8 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 
@@ -26,44 +29,82 @@ MethodName = Literal[tuple(METHODS)]  # type: ignore[valid-type]
 RetrainKind = Literal["lora", "full"]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
 Share = Annotated[float, Field(gt=0, lt=1)]
+T = TypeVar("T")
+NonEmpty = Annotated[tuple[T, ...], Field(min_length=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class Settings(BaseModel):
     """Base of all sections: unknown keys are errors, and values cannot be changed once read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _yes_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML reads yes, no, on and off as truth values, which pydantic takes for 1 and 0."""
+        kinds = str(cls.model_fields[str(info.field_name)].annotation)
+        inside = value if isinstance(value, list | tuple) else [value]
+        if "bool" not in kinds and any(isinstance(one, bool) for one in inside):
+            raise ValueError(f"should be no truth value (yes, no, true, false), is {value}")
+        return value
 
 
 class PromptSet(Settings):
     """Where the prompts of one set, their seeds and their real images come from."""
 
     source: Literal["shapeworld", "file", "coco", "flickr30k", "gcc"]
-    """`file`: a txt (one prompt per line), csv or parquet file. `shapeworld`: captions of the toys'
-    world, drawn from `seed`. The others: the captions file of that data set."""
+    """`file`: a txt (one prompt per line), csv, tsv, jsonl or parquet file. `shapeworld`: captions
+    of the toys' world, drawn from `seed`. The others: the captions file of that data set."""
     path: str | None = None
     """The file, or the captions file of the data set; not for shapeworld."""
     images: str | None = None
     """coco, flickr30k: folder of the real images, which FID, KID and CMMD compare with."""
     column: str = "prompt"
-    """csv and parquet files: the column that holds the prompts."""
+    """file: the column (jsonl: the key) that holds the prompts; not for txt."""
     split: Literal["train", "held-out"] = "train"
     """shapeworld: the two splits share no caption; the toys are trained on `train`."""
     count: PositiveInt
     """How many prompts to take. The paper uses 100 for calibration, 5,000 for evaluation."""
     seed: NonNegativeInt = 0
-    """Prompt i starts from noise of seed `seed + i`, so choose seeds of different sets further
-    apart than their counts. shapeworld also draws its scenes from it."""
+    """Prompt i starts from noise of seed `seed + i` (below 2^63), so choose seeds of different sets
+    further apart than their counts. shapeworld also draws its scenes from it; coco and flickr30k
+    choose the images with it."""
 
     @model_validator(mode="after")
-    def _has_its_files(self) -> PromptSet:
-        if self.source != "shapeworld" and self.path is None:
-            raise ValueError(f"source {self.source} needs the key path")
+    def _has_what_its_source_reads(self) -> PromptSet:
+        read = {
+            "shapeworld": {"split"},
+            "file": {"path", "column"},
+            "coco": {"path", "images"},
+            "flickr30k": {"path", "images"},
+            "gcc": {"path"},
+        }[self.source]
+        if (self.path or "").lower().endswith(".txt"):
+            read -= {"column"}
+        for key in ("path", "images", "column", "split"):
+            value = getattr(self, key)
+            if key in read and value is None:
+                raise ValueError(f"source {self.source} needs the key {key}")
+            if key not in read and value != PromptSet.model_fields[key].default:
+                raise ValueError(f"{key}: nothing reads it here (source {self.source})")
+        if self.seed + self.count > 2**63:
+            raise ValueError(f"seed: seed + count goes beyond 2^63: {self.seed} + {self.count}")
         return self
+
+    @property
+    def files(self) -> list[str]:
+        """The file and the folder that the prompts are read from."""
+        return [path for path in (self.path, self.images) if path is not None]
 
 
 class CallSettings(Settings):
     """How the pipeline is called, the same for all stages and variants of a model."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     num_inference_steps: PositiveInt
     """Denoising steps, as the model is meant to be used: 1 to 8 for step-distilled models, 20 to 50
@@ -73,6 +114,9 @@ class CallSettings(Settings):
     that they take as an input. null: the pipeline's own default."""
     true_cfg_scale: NonNegativeFloat | None = None
     """Qwen-Image, FLUX: scale of classifier-free guidance; null: the pipeline's own default."""
+    negative_prompt: str | None = None
+    """Prompt of the unconditional branch of classifier-free guidance, the same for all prompts;
+    null: the pipeline's own default."""
     height: PositiveInt
     """Pixels; a multiple of what a token of the denoiser covers."""
     width: PositiveInt
@@ -101,6 +145,13 @@ class LoadSettings(Settings):
     """File variant on the hub, such as `fp16`; null: the files without a variant."""
     config: str | None = None
     """For a source that is a single file: hub id or folder of the pipeline it belongs to."""
+
+    @field_validator("device")
+    @classmethod
+    def _is_a_device(cls, device: str) -> str:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+            raise ValueError(f"must be auto, cpu, cuda or cuda:<n>, not {device!r}")
+        return device
 
 
 class ResourceSettings(Settings):
@@ -232,9 +283,19 @@ class MaskSettings(Settings):
     align: Literal[1, 8, 16, 64] = 1
     """Feed-forwards that lose neurons keep a multiple of this many, because tensor cores are slow
     at other widths. 1: no alignment. Larger values follow the scores less closely."""
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """Of gate noise, order of prompts, the signs of `sensitivity`, and the methods that draw random
     numbers."""
+
+    @model_validator(mode="after")
+    def _keys_are_read(self) -> MaskSettings:
+        if not self.checkpoint and self.keep_steps != 0:
+            raise ValueError("keep_steps: nothing reads it without checkpoint")
+        if not self.checkpoint and self.debug:
+            raise ValueError("debug: nothing reads it without checkpoint")
+        if self.memory_mb is not None and self.keep_steps != "auto":
+            raise ValueError("memory_mb: nothing reads it without keep_steps: auto")
+        return self
 
     @property
     def is_shared(self) -> bool:
@@ -260,7 +321,7 @@ class RetrainSettings(Settings):
     """Updates; time grows in proportion. 100 for a toy; the paper uses 10,000 to 40,000."""
     batch: PositiveInt = 8
     """Prompts per update; activation memory grows in proportion. The paper uses 4 to 32."""
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """Of the order of prompts, timesteps, noise and the initial LoRA weights."""
     distillation: NonNegativeFloat = 0.0
     """Weight of the squared distance to the dense model's prediction, added to the training loss.
@@ -340,9 +401,9 @@ class EfficiencySettings(Settings):
 class MaskCostSettings(Settings):
     """How the cost of one learning iteration is measured."""
 
-    steps: tuple[PositiveInt, ...] = (2, 4, 8)
+    steps: NonEmpty[PositiveInt] = (2, 4, 8)
     """The numbers of denoising steps to measure at."""
-    kept: tuple[Annotated[float, Field(ge=0, le=1)], ...] = (0.0, 1.0)
+    kept: NonEmpty[Annotated[float, Field(ge=0, le=1)]] = (0.0, 1.0)
     """The shares of steps that keep their activations to measure at. 0: all steps are recomputed;
     1: none is, which takes the memory of all steps."""
     batch: PositiveInt = 4
@@ -379,6 +440,6 @@ class ReportSettings(Settings):
     """A csv file of published results, shown below our own table; null: none."""
     examples: PositiveInt = 8
     """Prompts (rows) in the grid of images, the first ones of the evaluation set."""
-    shown: tuple[Share, ...] | None = None
+    shown: NonEmpty[Share] | None = None
     """Sparsities in figures that have one row or column per variant; null: all. Such figures show
     only the first seed."""

@@ -6,10 +6,18 @@ import re
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, NonNegativeInt, model_validator
+from pydantic import BeforeValidator, model_validator
 
 from ecodiff.config.methods import METHODS
-from ecodiff.config.sections import MethodName, Name, RetrainKind, Settings, Share
+from ecodiff.config.sections import (
+    MethodName,
+    Name,
+    NonEmpty,
+    RetrainKind,
+    Seed,
+    Settings,
+    Share,
+)
 from ecodiff.runtime.errors import UserError
 
 
@@ -22,31 +30,34 @@ class VariantSettings(Settings):
     """A family of variants: all combinations of methods, sparsities, compensations and seeds."""
 
     method: Annotated[
-        tuple[MethodName, ...],
+        NonEmpty[MethodName],
         BeforeValidator(_listed, json_schema_input_type=MethodName | list[MethodName]),
     ]
     """One method, or a list of them; docs/methods.md explains them."""
-    sparsities: tuple[Share, ...]
+    sparsities: NonEmpty[Share]
     """Shares of the denoiser's parameters to remove, in steps of 0.01. Up to the maskable share of
     the model, see docs/families.md."""
     compensation: Annotated[
-        tuple[bool, ...], BeforeValidator(_listed, json_schema_input_type=bool | list[bool])
+        NonEmpty[bool], BeforeValidator(_listed, json_schema_input_type=bool | list[bool])
     ] = (False,)
     """Re-solve the surviving weights by least squares, without training; see the section `prune`.
     [false, true] gives variants of both kinds."""
-    seeds: tuple[NonNegativeInt, ...] | None = None
+    seeds: NonEmpty[Seed] | None = None
     """One variant for each of these seeds; null: one, with the seed of the section `mask`. Each
     seed scores all units again."""
     retrain: RetrainKind | None = None
     """Retrain the pruned model with the settings of `retrain.lora` or `retrain.full`; null: not."""
-    models: tuple[Name, ...] | None = None
+    models: NonEmpty[Name] | None = None
     """The models it applies to; null: all."""
 
     @model_validator(mode="after")
     def _whole_percents(self) -> VariantSettings:
         for sparsity in self.sparsities:
-            if abs(100 * sparsity - round(100 * sparsity)) > 1e-6:
-                raise ValueError(f"sparsity {sparsity} is not a whole per cent, such as 0.25")
+            percent = 100 * sparsity
+            if not 1 <= round(percent) <= 99 or abs(percent - round(percent)) > 1e-6:
+                raise ValueError(
+                    f"sparsity {sparsity} is not a whole per cent from 0.01 to 0.99, such as 0.25"
+                )
         return self
 
     def variants(self) -> list[Variant]:

@@ -18,8 +18,9 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 from ecodiff.config.sections import EvaluateSettings
 from ecodiff.evaluate.features import Clip, Features, Precomputed, inception
-from ecodiff.evaluate.samples import Samples, read_image
+from ecodiff.evaluate.samples import Samples
 from ecodiff.runtime.errors import UserError
+from ecodiff.runtime.pictures import read_picture
 from ecodiff.toys import checker, world
 
 KID_SUBSET = 1000  # samples in each of KID's 100 subsets, or half of the set if that is fewer
@@ -141,7 +142,7 @@ class Judge:
         height, width = self.dense.images(slice(0, 1)).shape[1:3]
         features, embeddings = [], []
         for rows in self._batches():
-            images = np.stack([np.asarray(read_image(p, (width, height))) for p in paths[rows]])
+            images = np.stack([np.asarray(read_picture(p, (width, height))) for p in paths[rows]])
             embeddings.append(self.clip.images(images))
             features.append(embeddings[-1] if self.shares_features else self.features(images))
         return torch.cat(features), torch.cat(embeddings)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ecodiff.runtime.errors import UserError
+from ecodiff.runtime.pictures import read_picture
 
 
 class Samples:
@@ -46,7 +46,7 @@ class Samples:
 
     def images(self, rows: slice) -> np.ndarray:
         """The pictures of some rows: uint8 (n, height, width, 3)."""
-        return np.stack([np.asarray(read_image(path)) for path in self._paths(rows)])
+        return np.stack([np.asarray(read_picture(path)) for path in self._paths(rows)])
 
     def latents(self, rows: slice) -> Tensor:
         """The final latents of some rows: float32 (n, *latent)."""
@@ -62,21 +62,6 @@ class Samples:
     def _paths(self, rows: slice) -> list[Path]:
         where = zip(self.index[rows], self._where[rows], strict=True)
         return [shard / f"{index:05d}.png" for index, (shard, _) in where]
-
-
-def read_image(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
-    """An RGB image, cut to (width, height) around its centre with its aspect kept.
-
-    Raises:
-        UserError: the file is missing or no whole image.
-    """
-    try:
-        image = Image.open(path).convert("RGB")
-    except OSError as error:
-        raise UserError(f"image: {path} cannot be read: {error.strerror or error}") from error
-    if size is None or image.size == size:
-        return image
-    return ImageOps.fit(image, size, method=Image.Resampling.LANCZOS)
 
 
 def _read(path: Path, name: str, rows: slice = slice(None)) -> Tensor:

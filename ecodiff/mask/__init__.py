@@ -18,10 +18,12 @@ from torch import Tensor
 
 from ecodiff.calibrate import Calibration, calibrate
 from ecodiff.config.methods import METHODS
+from ecodiff.config.reading import read_settings
 from ecodiff.config.sections import MaskSettings
 from ecodiff.mask.methods import Request, Scores, scored
 from ecodiff.mask.select import check_scores, limits_of, removed_share, select
 from ecodiff.mask.sensitivity import closed_means
+from ecodiff.models.pruned import Pruned
 from ecodiff.models.structures import Structure, count_parameters, denoiser_of, discover
 from ecodiff.runtime.artifacts import atomic
 from ecodiff.runtime.errors import UserError
@@ -91,7 +93,7 @@ def score(
     *,
     seed: int = 0,
     calibration: Calibration | None = None,
-    settings: MaskSettings | None = None,
+    settings: MaskSettings | Mapping[str, Any] | None = None,
     sparsity: float | None = None,
 ) -> Scores:
     """Score every unit with one method.
@@ -109,9 +111,11 @@ def score(
         Structure name -> fp32 (units,), higher is more important.
 
     Raises:
-        UserError: an unknown method, or no calibration or sparsity where the method needs one.
+        UserError: an unknown method, no calibration or sparsity where the method needs one, or the
+            model is pruned already.
     """
-    request = Request(seed, settings or MaskSettings(), calibration, sparsity)
+    _refuse_pruned(pipe)
+    request = Request(seed, read_settings(MaskSettings, settings), calibration, sparsity)
     return scored(pipe, method, request)[0]
 
 
@@ -121,7 +125,7 @@ def make_mask(
     sparsity: float,
     *,
     calibration: Calibration | None = None,
-    settings: MaskSettings | None = None,
+    settings: MaskSettings | Mapping[str, Any] | None = None,
     scratch: Path | None = None,
 ) -> tuple[Mask, pd.DataFrame]:
     """Score all units with a method, then select those that stay at a sparsity.
@@ -141,11 +145,9 @@ def make_mask(
     Raises:
         UserError: what `score` and `select` raise.
     """
-    settings = settings or MaskSettings()
+    settings = read_settings(MaskSettings, settings)
     denoiser = denoiser_of(pipe)
-    nothing = {s.name: torch.zeros(s.units) for s in discover(denoiser)}
-    # Fails before hours of learning, not after, when the sparsity cannot be reached.
-    _selected(pipe, nothing, sparsity, settings)
+    _check_target(pipe, sparsity, settings)
     request = Request(settings.seed, settings, calibration, sparsity, scratch)
     found, history = scored(pipe, method, request)
     info = {
@@ -164,31 +166,46 @@ def make_mask(
 
 def learn_mask(
     pipe: DiffusionPipeline,
-    prompts: Sequence[str],
+    prompts: str | Sequence[str],
     sparsity: float = 0.2,
     *,
     seeds: Sequence[int] | None = None,
-    call: dict[str, Any] | None = None,
-    settings: MaskSettings | None = None,
+    call: Mapping[str, Any] | None = None,
+    settings: MaskSettings | Mapping[str, Any] | None = None,
 ) -> Mask:
     """Calibrate on prompts, learn a mask (EcoDiff) and select the units that stay.
 
     Args:
         pipe: the dense pipeline.
-        prompts: captions of the calibration set; the paper uses 100.
+        prompts: captions of the calibration set, or a single one; the paper uses 100.
         sparsity: share of the denoiser's parameters to remove.
         seeds: seeds of the starting noise, one per prompt, all different; default 0, 1, 2, ...
         call: arguments of the pipeline's call, such as `num_inference_steps`, `guidance_scale`,
             `height` and `width`; the pipeline's own defaults otherwise.
-        settings: the `mask` section; its defaults otherwise.
+        settings: the `mask` section, or a mapping of some of its keys; its defaults otherwise.
 
     Raises:
-        UserError: what `calibrate` and `make_mask` raise.
+        UserError: what `calibrate`, `score` and `select` raise, all before anything is computed
+            but for values that are not finite.
     """
-    settings = settings or MaskSettings()
+    settings = read_settings(MaskSettings, settings)
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     seeds = list(range(len(prompts))) if seeds is None else list(seeds)
-    calibration = calibrate(pipe, list(prompts), seeds, call or {}, settings.batch)
+    _check_target(pipe, sparsity, settings)
+    calibration = calibrate(pipe, prompts, seeds, dict(call or {}), settings.batch)
     return make_mask(pipe, "ecodiff", sparsity, calibration=calibration, settings=settings)[0]
+
+
+def _refuse_pruned(pipe: DiffusionPipeline) -> None:
+    if isinstance(denoiser_of(pipe), Pruned):
+        raise UserError("mask: the denoiser is pruned already; masks are those of the dense model")
+
+
+def _check_target(pipe: DiffusionPipeline, sparsity: float, settings: MaskSettings) -> None:
+    """Fails before hours of learning, not after, when the sparsity cannot be reached."""
+    _refuse_pruned(pipe)
+    nothing = {s.name: torch.zeros(s.units) for s in discover(denoiser_of(pipe))}
+    _selected(pipe, nothing, sparsity, settings)
 
 
 def _selected(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -51,6 +52,8 @@ def select(
         UserError: scores don't fit the structures or are NaN, or `sparsity` is not possible.
     """
     check_scores(structures, scores)
+    if not isinstance(sparsity, Real):
+        raise UserError(f"sparsity: {sparsity!r} is not a number, such as 0.2")
     ranked = []
     for structure in structures:
         values, order = scores[structure.name].float().cpu().sort(stable=True)
@@ -125,8 +128,9 @@ def _count(sizes: Tensor, sparsity: float, total: int, floor: int) -> int:
     if not (sparsity >= 0 and target <= maximum):
         shown = math.floor(maximum / total * 1e4) / 1e4
         left = f"{floor} units" if floor else "no unit"
+        percent = f"; for {sparsity} % say {sparsity / 100}" if 1 < sparsity < 100 else ""
         raise UserError(
             f"sparsity: {sparsity} is not possible; the range is 0 to {shown:.4f} of the denoiser's"
-            f" parameters, where {left} of a structure would be left"
+            f" parameters, where {left} of a structure would be left{percent}"
         )
     return 0 if target <= 0 else int(torch.searchsorted(reached.double(), target)) + 1

@@ -42,7 +42,7 @@ class Family:
         embeds: names of the call's arguments for the values that `encode_prompt` returns, in order.
         guidance: the call's argument for the scale of classifier-free guidance.
         threshold: guidance is on when the scale is above this.
-        negative: prompt of the unconditional branch; None: `encode_prompt` encodes it as well.
+        negative: default prompt of the unconditional branch; None: `encode_prompt` encodes it.
         takes_turns: the two guidance branches are two runs of the denoiser, not one batch.
         cell: latent pixels along the side of a token (the patch size).
         is_packed: latents are sequences of tokens, (n, tokens, channels).
@@ -126,7 +126,9 @@ def embeddings(pipe: DiffusionPipeline, prompts: Sequence[str], call: Call) -> d
     family = family_of(pipe)
     found = _encoded(pipe, prompts, call)
     if family.negative is not None and is_guided(pipe, call):
-        negative = _encoded(pipe, [family.negative] * len(prompts), call)
+        text = call.get("negative_prompt")
+        texts = [family.negative if text is None else text] * len(prompts)
+        negative = _encoded(pipe, texts, call)
         found |= {f"negative_{name}": value for name, value in negative.items()}
     if family.texts is None:
         return found
@@ -147,6 +149,7 @@ def arguments(pipe: DiffusionPipeline, embeds: Mapping[str, Tensor], call: Call)
     given = {key: value for key, value in call.items() if value is not None}
     for key in given.keys() - _defaults(pipe).keys():
         raise UserError(f"call: {key} is not a setting of {type(pipe).__name__}")
+    given.pop("negative_prompt", None)  # encoded, as all prompts are
     laid_out = dict(embeds)
     if family.texts is not None:
         laid_out = {}
@@ -238,6 +241,8 @@ def _encoded(pipe: DiffusionPipeline, prompts: Sequence[str], call: Call) -> dic
     wanted, defaults = inspect.signature(pipe.encode_prompt).parameters, _defaults(pipe)
     given = {name: argument(pipe, call, name) for name in wanted if name in defaults}
     given["prompt"] = list(prompts)  # Z-Image writes into the list
+    if "negative_prompt" in wanted and call.get("negative_prompt") is not None:
+        given["negative_prompt"] = [call["negative_prompt"]] * len(prompts)
     given["device"] = pipe._execution_device
     if "do_classifier_free_guidance" in wanted:
         given["do_classifier_free_guidance"] = is_guided(pipe, call)

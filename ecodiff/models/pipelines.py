@@ -19,8 +19,11 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from ecodiff.models import families
+from ecodiff.models.calls import check_call, mixed_dtypes
 from ecodiff.models.families import Call
+from ecodiff.models.libraries import errors_only
 from ecodiff.models.structures import denoiser_of
+from ecodiff.runtime.errors import UserError, first_line
 
 __all__ = [
     "Call",
@@ -44,9 +47,11 @@ def encode(pipe: DiffusionPipeline, prompts: list[str], call: Call) -> dict[str,
     of a fixed number, so that rows of different batches fit together; the denoiser's device and the
     encoders' dtype.
 
-    Raises `UserError` when the pipeline is not supported.
+    Raises `UserError` when the pipeline is not supported, or can't be called with `call`.
     """
-    return families.embeddings(pipe, prompts, call)
+    check_call(pipe, call)
+    with errors_only():
+        return families.embeddings(pipe, prompts, call)
 
 
 def starting_noise(pipe: DiffusionPipeline, seeds: list[int], call: Call) -> Tensor:
@@ -74,9 +79,22 @@ def starting_noise(pipe: DiffusionPipeline, seeds: list[int], call: Call) -> Ten
 def denoise(
     pipe: DiffusionPipeline, embeds: dict[str, Tensor], noise: Tensor, call: Call
 ) -> Tensor:
-    """Run the pipeline from noise to its final latent z0, shaped and typed as `noise`."""
-    with quiet(pipe):
-        return pipe(**call_arguments(pipe, embeds, noise, call))[0].to(noise.dtype)
+    """Run the pipeline from noise to its final latent z0, shaped and typed as `noise`.
+
+    Raises `UserError` with what the pipeline itself finds wrong with `call`, or when it was loaded
+    in dtypes that don't fit together.
+    """
+    given = call_arguments(pipe, embeds, noise, call)
+    try:
+        with quiet(pipe):
+            return pipe(**given)[0].to(noise.dtype)
+    except ValueError as error:
+        raise UserError(f"call: {first_line(error)}") from error
+    except RuntimeError as error:
+        mixed = mixed_dtypes(pipe)
+        if mixed is None or "dtype" not in str(error):
+            raise
+        raise UserError(mixed) from error
 
 
 @torch.no_grad()

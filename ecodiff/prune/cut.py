@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from ecodiff.calibrate import Calibration, Grams
+from ecodiff.config.reading import read_settings
 from ecodiff.config.sections import PruneSettings
 from ecodiff.models.pruned import Pruned, pruned_class
 from ecodiff.models.structures import Structure, denoiser_of, discover
@@ -27,7 +29,7 @@ def prune(
     pipe: DiffusionPipeline,
     mask: Mask | Mapping[str, Tensor],
     data: Grams | Calibration | None = None,
-    settings: PruneSettings | None = None,
+    settings: PruneSettings | Mapping[str, Any] | None = None,
 ) -> None:
     """Remove the units that the mask doesn't keep, in place (EcoDiff, "structural pruning").
 
@@ -53,8 +55,12 @@ def prune(
     if isinstance(denoiser, Pruned):
         raise UserError("the denoiser is pruned already; prune the dense model with a larger mask")
     structures = discover(denoiser)
-    kept = _kept_units(structures, getattr(mask, "kept", mask))
-    settings = settings or PruneSettings()
+    kept = getattr(mask, "kept", mask)
+    if not isinstance(kept, Mapping):
+        hint = "; ecodiff.Mask.load reads a file" if isinstance(mask, str | Path) else ""
+        raise UserError(f"mask: {mask!r} is not a mask{hint}")
+    kept = _kept_units(structures, kept)
+    settings = read_settings(PruneSettings, settings)
     if isinstance(data, Calibration):
         compensate_in_groups(
             pipe,
@@ -87,6 +93,8 @@ def _kept_units(structures: Sequence[Structure], mask: Mapping[str, Tensor]) -> 
     for name, stays in mask.items():
         if name not in sizes:
             raise UserError(f"mask: {name} is not a structure of this model")
+        if not isinstance(stays, Tensor):
+            raise UserError(f"mask: {name}: is a {type(stays).__name__}, must be a bool tensor")
         if stays.dtype != torch.bool or stays.shape != (sizes[name],):
             found = f"{stays.dtype} {tuple(stays.shape)}"
             raise UserError(f"mask: {name}: is {found}, must be bool of ({sizes[name]},)")

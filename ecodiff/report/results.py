@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 from ecodiff.config.variants import Variant
+from ecodiff.prompts import read_prompts
 from ecodiff.runtime.errors import UserError
+from ecodiff.runtime.pictures import read_picture
+from ecodiff.runtime.reading import read_text
 
 SIDE = 256  # pixels; images are made smaller than this, which is enough for the grid of images
 
@@ -105,7 +107,7 @@ class Results:
 
     def captions(self) -> pd.Series:
         """The evaluation prompts, indexed by their number in the prompt set."""
-        return pd.read_parquet(self.prompts).set_index("index")["prompt"]
+        return read_prompts(self.prompts).set_index("index")["prompt"]
 
     def picture(self, model: str, variant: Variant, index: int) -> np.ndarray:
         """A variant's image of a prompt, at most `SIDE` pixels a side: uint8 (height, width, 3)."""
@@ -113,7 +115,7 @@ class Results:
         found = list(folder.glob(f"*/{index:05d}.png"))
         if not found:
             raise UserError(f"report: {folder} has no picture of prompt {index}")
-        image = Image.open(found[0]).convert("RGB")
+        image = read_picture(found[0])
         image.thumbnail((SIDE, SIDE))
         return np.asarray(image)
 
@@ -145,8 +147,8 @@ def read_mask(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        return json.loads(read_text(path))
+    except ValueError as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
 
 

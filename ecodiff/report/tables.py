@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ from ecodiff.config.sections import EvaluateSettings
 from ecodiff.report.results import Results
 from ecodiff.report.style import COST, EXACT, QUALITY, TARGET, Quantity, method
 from ecodiff.runtime.artifacts import write_text
-from ecodiff.runtime.errors import UserError
+from ecodiff.runtime.errors import UserError, first_line
+from ecodiff.runtime.reading import read_text
 
 SIZE, WORK = COST[:3], COST[3:]
 COLUMNS = (TARGET, EXACT, *SIZE, *QUALITY, *WORK)
@@ -94,9 +96,9 @@ def write_tables(
     text = f"# Results\n\n{markdown(shown)}\n{notes}"
     if published is not None:
         try:
-            theirs = pd.read_csv(published, dtype=str).fillna("-")
-        except (OSError, ValueError) as error:
-            raise UserError(f"report.published: {published} cannot be read: {error}") from error
+            theirs = pd.read_csv(StringIO(read_text(published)), dtype=str).fillna("-")
+        except ValueError as error:
+            raise UserError(f"report.published: {published}: {first_line(error)}") from None
         text += f"\n# Published results, for comparison\n\n{markdown(theirs)}"
     write_text(folder / "main.csv", table.to_csv(index=False))
     write_text(folder / "main.md", text)

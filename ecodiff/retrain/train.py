@@ -18,7 +18,7 @@ from ecodiff.calibrate import Calibration
 from ecodiff.config.sections import RetrainSettings
 from ecodiff.models.saving import dense_structures
 from ecodiff.models.structures import denoiser_of
-from ecodiff.runtime.errors import UserError
+from ecodiff.runtime.errors import UserError, first_line
 from ecodiff.trajectory.denoising_loss import conditioned, objective
 
 
@@ -45,11 +45,13 @@ def retrain(
         One row per step: step, loss, distillation (without its weight), seconds since the start.
 
     Raises:
-        UserError: distillation without a teacher, a scheduler that is not supported, or a loss that
-            is not finite. With LoRA the denoiser is unchanged after an error.
+        UserError: distillation without a teacher, a calibration or teacher of another model, a rank
+            that no weight has, a scheduler that is not supported, or a loss that is not finite.
+            With LoRA the denoiser is unchanged after an error.
     """
     if settings.distillation and teacher is None:
         raise UserError("retrain: distillation needs the dense model")
+    _check_fit(pipe, calibration, settings, teacher)
     denoiser = denoiser_of(pipe)
     generator = torch.Generator().manual_seed(settings.seed)
     history, start = [], time.perf_counter()
@@ -68,6 +70,23 @@ def retrain(
             seconds = time.perf_counter() - start
             history.append((step, losses[0].item(), losses[1].item(), seconds))
     return pd.DataFrame(history, columns=["step", "loss", "distillation", "seconds"])
+
+
+def _check_fit(
+    pipe: DiffusionPipeline,
+    calibration: Calibration,
+    settings: RetrainSettings,
+    teacher: nn.Module | None,
+) -> None:
+    """Insist that the model can be run on the record, which is that of its dense model."""
+    try:
+        with torch.no_grad():
+            _losses(pipe, calibration.of([0]), settings, teacher, torch.Generator())
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError, LookupError) as error:
+        reason = first_line(error)
+        raise UserError(f"retrain: record or teacher is of another model ({reason})") from error
 
 
 def _losses(
@@ -122,6 +141,9 @@ def _lora(denoiser: nn.Module, settings: RetrainSettings) -> Iterator[list[nn.Pa
     present = dict(denoiser.named_modules())
     # An attention without heads has lost its linears, and others may be empty (0 rows or columns).
     targets = sorted(t for t in targets if t in present and present[t].weight.numel())
+    largest = max((min(present[target].weight.shape) for target in targets), default=0)
+    if settings.rank > largest:
+        raise UserError(f"retrain: rank is {settings.rank}, but no weight has more than {largest}")
     config = LoraConfig(r=settings.rank, lora_alpha=settings.rank, target_modules=targets)
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)

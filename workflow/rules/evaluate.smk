@@ -2,7 +2,7 @@
 rule quality:
     input:
         prompts=plan.evaluated(),
-        pictures=f"<results>/prompts/{plan.config.evaluate.prompts}",
+        pictures=plan.real_pictures(),
         images=of(plan.shards_of_all),
         clip=plan.clip_files(),
     output:
