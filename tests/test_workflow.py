@@ -274,7 +274,11 @@ def test_what_is_made_is_not_made_again(house):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "sets"),
-    [("prompts.py", ["calibration", "evaluation"]), ("generate.py", []), ("toys/sdxl.py", [])],
+    [
+        ("prompts/sources.py", ["calibration", "evaluation"]),
+        ("generate.py", []),
+        ("toys/sdxl.py", []),
+    ],
 )
 def test_an_edit_of_the_package_reruns_the_stages_that_it_touches(house, module, sets):
     file = house / "ecodiff" / module

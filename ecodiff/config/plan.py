@@ -203,6 +203,10 @@ class Plan:
         """The image shards of all variants of a model, the dense one first."""
         return [s for v in self.config.variants_of(model) for s in self.shards(model, v.name)]
 
+    def all_shards(self) -> list[str]:
+        """The image shards of all models and variants."""
+        return [shard for model in self.config.models for shard in self.shards_of_all(model)]
+
     def shards_by_variant(self, model: str) -> list[str]:
         """The same as `ecodiff evaluate quality` takes them."""
         shards = {v.name: self.shards(model, v.name) for v in self.config.variants_of(model)}
