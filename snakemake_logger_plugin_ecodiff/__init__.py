@@ -9,8 +9,11 @@ it.
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections import Counter, defaultdict
+from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -22,6 +25,9 @@ from rich.text import Text
 from snakemake.logging import DefaultFilter, DefaultFormatter
 from snakemake_interface_logger_plugins.base import LogHandlerBase
 from snakemake_interface_logger_plugins.common import LogEvent
+
+from ecodiff.config.reading import read_document
+from ecodiff.runtime.errors import UserError
 
 TAIL = 15  # lines of a failed job's log
 ONE_LINE = {
@@ -36,6 +42,8 @@ SAID_BETTER = (
     "WorkflowError:\nAt least one",
 )
 ERROR = "ecodiff: error: "
+# Parts of what Snakemake says when it cannot read a config file.
+CONFIG_UNREAD = ("load_configfile", "Config file is not valid", "Config file must be")
 # Said by Snakemake without an event, and worth a line.
 WORTH_SAYING = ("Nothing to be done", "Unlocking")
 
@@ -209,6 +217,8 @@ class Watch:
 
     def _say(self, record: logging.LogRecord) -> None:
         message = record.getMessage().strip()
+        if any(part in message for part in CONFIG_UNREAD):
+            message = config_mistake(sys.argv) or message
         for part, line in ONE_LINE.items():
             if part in message:
                 message = line
@@ -227,6 +237,29 @@ class Watch:
         left = self.left()
         time_left = "" if left is None else f", about {span(left)} left"
         return Group(self.bars, *lines, Text(f"{span(now - self.began)} so far{time_left}"))
+
+
+def config_mistake(words: Sequence[str]) -> str | None:
+    """What is wrong with the config files of a command line, which Snakemake tells by a traceback.
+
+    None when there is nothing wrong with them.
+    """
+    begin = next((n for n, word in enumerate(words) if word.startswith("--configfile")), len(words))
+    first = words[begin].partition("=")[2:] if begin < len(words) else ()
+    rest = takewhile(lambda word: not word.startswith("-"), words[begin + 1 :])
+    for file in [*filter(None, first), *rest]:
+        if not Path(file).exists() and not Path(file).suffix:
+            return (
+                f"config: there is no file {file}; Snakemake takes every word behind --configfile "
+                "for one, so name targets before it"
+            )
+        try:
+            document = read_document(Path(file))
+        except UserError as error:
+            return "\n".join(f"config: {line}" for line in str(error).splitlines())
+        if not isinstance(document.values, dict):
+            return f"config: {file}: should be a mapping of sections"
+    return None
 
 
 def tail(log: Path) -> list[str]:

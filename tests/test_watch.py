@@ -174,3 +174,46 @@ def test_warnings_are_said():
 )
 def test_times_are_for_people(seconds, text):
     assert span(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (b"run: caf\xe9\n", "line 1"),
+        (b"run: [a\nmodels: 1\n", "not YAML"),
+        (b"", "should be a mapping"),
+        (b"- a\n", "should be a mapping"),
+    ],
+)
+def test_a_config_file_that_cannot_be_read_is_a_line(tmp_path, content, line):
+    file = tmp_path / "c.yaml"
+    file.write_bytes(content)
+    found = plugin.config_mistake(["snakemake", "--configfile", str(file), "--cores", "1"])
+    assert found.startswith(f"config: {file}") and line in found
+    assert "\n" not in found
+
+
+def test_a_config_file_that_is_not_there_is_a_line(tmp_path):
+    found = plugin.config_mistake(["snakemake", f"--configfile={tmp_path}/no.yaml"])
+    assert found == f"config: {tmp_path}/no.yaml: there is no such file"
+
+
+def test_a_target_behind_the_config_file_is_told_apart(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("run: a\n")
+    found = plugin.config_mistake(["snakemake", "--configfile", str(file), "tables"])
+    assert "no file tables" in found and "targets before it" in found
+
+
+def test_config_files_without_a_mistake_are_none(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("run: a\n")
+    assert plugin.config_mistake(["snakemake", "--configfile", str(file)]) is None
+    assert plugin.config_mistake(["snakemake"]) is None
+
+
+def test_snakemakes_traceback_about_a_config_file_is_that_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(plugin.sys, "argv", ["snakemake", "--configfile", "tables"])
+    text = "Traceback (most recent call last):\n load_configfile(f)\nFileNotFoundError: tables"
+    shown = Seen()(record(LogEvent.ERROR, text, logging.ERROR))
+    assert shown.startswith("config: there is no file tables") and shown.count("\n") == 1
