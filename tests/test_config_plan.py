@@ -9,6 +9,9 @@ from imports import loaded_by
 from ecodiff.config.plan import Plan
 from ecodiff.config.run import load_config
 
+CALL = {"num_inference_steps": 1, "height": 8, "width": 8}
+VARIANTS = [{"method": "random", "sparsities": [0.1]}]
+
 
 def planned(**changes):
     """The plan of a small run, with some sections changed."""
@@ -115,6 +118,19 @@ def test_a_folder_is_read_from_its_files_and_a_hub_model_from_none(tmp_path, mon
         (tmp_path / "folder" / name).touch()
     assert plan.dense_files("b") == ["folder/model_index.json", "folder/unet/weights.safetensors"]
     assert plan.model_files("b", "ecodiff-10") == ["results/small/b/ecodiff-10/model"]
+
+
+def test_a_single_file_is_read_from_itself(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    models = {"a": {"source": "model.safetensors", "call": CALL}}
+    assert planned(models=models, variants=VARIANTS).dense_files("a") == ["model.safetensors"]
+
+
+def test_a_tilde_is_the_home_of_who_plans(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    models = {"a": {"source": "~/model", "call": CALL}}
+    assert planned(models=models, variants=VARIANTS).source("a") == f"{tmp_path}/model"
 
 
 def test_figures_are_those_that_can_be_filled():

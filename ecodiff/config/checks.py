@@ -45,7 +45,7 @@ def mistakes(config: Config) -> Iterator[Mistake]:
 def missing(config: Config) -> Iterator[Mistake]:
     """Files and folders that a config names and that are not there."""
     for name, model in config.models.items():
-        if is_local(model.source) and not Path(model.source).expanduser().exists():
+        if is_local(model.source) and not Path(model.source).exists():
             yield ("models", name, "source"), f"there is no file or folder {model.source}"
         elif Path(model.source).is_dir() and not Path(model.source, "model_index.json").is_file():
             yield ("models", name, "source"), f"{model.source} holds no model_index.json"
@@ -63,8 +63,12 @@ def missing(config: Config) -> Iterator[Mistake]:
 
 
 def is_local(source: str) -> bool:
-    """Whether a model's source is a path, there or not, and no id of the hub (`owner/name`)."""
-    return Path(source).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source)
+    """Whether a model's source is a path, there or not, and no id of the hub (`owner/name`).
+
+    What looks like a path is one, even where a hub's name could look the same.
+    """
+    is_path = source.startswith((".", "/", "~")) or Path(source.split("/")[0]).is_dir()
+    return is_path or not re.fullmatch(r"[\w.-]+/[\w.-]+", source)
 
 
 def _names(config: Config) -> Iterator[Mistake]:

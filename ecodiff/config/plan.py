@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ecodiff.config.ablations import Ablation
+from ecodiff.config.checks import is_local
 from ecodiff.config.methods import METHODS
 from ecodiff.config.run import Config
 from ecodiff.config.sections import MaskSettings, RetrainSettings
@@ -69,9 +70,12 @@ class Plan:
         return f"{self.results}/{model}/{variant}/model"
 
     def dense_files(self, model: str) -> list[str]:
-        """The files of a dense model that lies in a folder; none for a model on the hub."""
-        folder = Path(self.config.models[model].source)
-        if not folder.exists() and len(folder.parts) == 2:
+        """The files of a dense model that lies here; none for a model on the hub."""
+        source = self.config.models[model].source
+        folder = Path(source)
+        if folder.is_file():
+            return [source]
+        if not is_local(source):
             return []
         files = [*folder.rglob("*.json"), *folder.rglob("*.safetensors")]
         return sorted(map(str, files)) or [str(folder / "model_index.json")]

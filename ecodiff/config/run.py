@@ -21,6 +21,7 @@ from ecodiff.config.sections import (
     CalibrateSettings,
     CallSettings,
     EvaluateSettings,
+    FilePath,
     GenerateSettings,
     LoadSettings,
     MaskSettings,
@@ -39,7 +40,7 @@ from ecodiff.runtime.errors import UserError
 class ModelSettings(Settings):
     """One dense model."""
 
-    source: str
+    source: FilePath
     """Hub id or folder of a diffusers pipeline."""
     load: LoadSettings = LoadSettings()
     call: CallSettings

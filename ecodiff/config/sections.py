@@ -6,11 +6,13 @@ The docstring below a setting is its description in the JSON schema of the confi
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -29,6 +31,8 @@ MethodName = Literal[tuple(METHODS)]  # type: ignore[valid-type]
 RetrainKind = Literal["lora", "full"]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
 Share = Annotated[float, Field(gt=0, lt=1)]
+FilePath = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A file or folder; ~ is the home of who plans the run."""
 T = TypeVar("T")
 NonEmpty = Annotated[tuple[T, ...], Field(min_length=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
@@ -59,9 +63,9 @@ class PromptSet(Settings):
     source: Literal["shapeworld", "file", "coco", "flickr30k", "gcc"]
     """`file`: a txt (one prompt per line), csv, tsv, jsonl or parquet file. `shapeworld`: captions
     of the toys' world, drawn from `seed`. The others: the captions file of that data set."""
-    path: str | None = None
+    path: FilePath | None = None
     """The file, or the captions file of the data set; not for shapeworld."""
-    images: str | None = None
+    images: FilePath | None = None
     """coco, flickr30k: folder of the real images, which FID, KID and CMMD compare with."""
     column: str = "prompt"
     """file: the column (jsonl: the key) that holds the prompts; not for txt."""
@@ -412,6 +416,12 @@ class MaskCostSettings(Settings):
     """Rounds whose median is reported. 3 to 10."""
 
 
+def _local_folder(name: str) -> str:
+    """An open_clip model's name; in that of a folder, ~ is the home of who plans the run."""
+    _, local, folder = name.partition("local-dir:")
+    return f"{local}{os.path.expanduser(folder)}" if local else name
+
+
 class EvaluateSettings(Settings):
     """How variants are evaluated."""
 
@@ -421,7 +431,7 @@ class EvaluateSettings(Settings):
     features: Literal["inception", "clip"] = "inception"
     """Features that FID and KID compare: `inception`: Inception's 2,048 pool features; `clip`:
     image embeddings of `clip_model`."""
-    clip_model: str = "ViT-B-16"
+    clip_model: Annotated[str, AfterValidator(_local_folder)] = "ViT-B-16"
     """open_clip model, or `local-dir:<folder>`. The paper uses ViT-B-16."""
     clip_pretrained: str | None = "datacomp_xl_s13b_b90k"
     """open_clip weights; null for a local folder."""
@@ -436,7 +446,7 @@ class EvaluateSettings(Settings):
 class ReportSettings(Settings):
     """What the tables and figures show."""
 
-    published: str | None = None
+    published: FilePath | None = None
     """A csv file of published results, shown below our own table; null: none."""
     examples: PositiveInt = 8
     """Prompts (rows) in the grid of images, the first ones of the evaluation set."""

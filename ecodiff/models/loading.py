@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from huggingface_hub.errors import (
 )
 from torch import nn
 
+from ecodiff.config.checks import is_local
 from ecodiff.models import saving
 from ecodiff.models.complete import check_components, read_json
 from ecodiff.models.libraries import hide_bars
@@ -80,9 +80,7 @@ def load_pipeline(
 
 def _downloaded(source: str, revision: str | None, variant: str | None, encoders: bool) -> Path:
     """The folder of the cache that a hub's pipeline lies in, once it is there."""
-    # What looks like a path is one, even where a hub's name could look the same.
-    is_path = source.startswith((".", "/", "~")) or Path(source.split("/")[0]).is_dir()
-    if is_path or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+    if is_local(source):
         raise UserError(f"source: {source} is neither a hub id (owner/name), a folder nor a file")
     wanted = {"revision": revision, "variant": variant}
     wanted = {key: value for key, value in wanted.items() if value is not None}
