@@ -176,5 +176,17 @@ def test_prompts_are_read_from_their_files_and_judged_by_their_pictures(tmp_path
     assert planned().real_pictures() == ["results/small/prompts/evaluation"]
 
 
+def test_what_is_judged_on_knows_what_is_learned_from():
+    more = {"source": "shapeworld", "count": 3, "seed": 400}
+    sets = {
+        "calibration": {"source": "shapeworld", "count": 3},
+        "evaluation": {"source": "shapeworld", "count": 10, "seed": 100},
+        "more": more,
+        "idle": {**more, "seed": 500},
+    }
+    plan = planned(prompts=sets, retrain={"lora": {"prompts": "more", "batch": 2}})
+    assert plan.learned_tables() == [plan.prompts("calibration"), plan.prompts("more")]
+
+
 def test_planning_needs_no_torch():
     assert not {"torch", "diffusers"} & loaded_by("ecodiff.config.plan")

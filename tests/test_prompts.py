@@ -7,7 +7,7 @@ from imports import loaded_by
 from PIL import Image
 
 from ecodiff.config.sections import PromptSet
-from ecodiff.prompts import make_prompts, read_prompts, write_prompts
+from ecodiff.prompts import make_prompts, read_prompts, say_shared, write_prompts
 from ecodiff.runtime.errors import UserError
 from ecodiff.toys import checker, world
 
@@ -148,3 +148,12 @@ def test_what_is_no_table_is_named(tmp_path):
 
 def test_importing_prompts_needs_no_torch():
     assert not {"torch", "diffusers"} & loaded_by("ecodiff.prompts")
+
+
+def test_captions_that_models_learned_from_are_counted(caplog):
+    judged = pd.DataFrame({"prompt": ["a ring", "a square", "a ring"]})
+    say_shared(judged, pd.DataFrame({"prompt": ["a ring", "a star"]}), "calibration.parquet")
+    assert caplog.messages == ["prompts: 2 of 3 captions are in calibration.parquet too"]
+    caplog.clear()
+    say_shared(judged, pd.DataFrame({"prompt": ["a star"]}), "calibration.parquet")
+    assert not caplog.messages

@@ -36,11 +36,15 @@ def quality(
     settings: Text = None,
     device: Device = "auto",
     config: ConfigFile = None,
+    learned: Annotated[
+        list[Path] | None,
+        typer.Option(help="A table that models learned from: log what is shared."),
+    ] = None,
 ) -> None:
     """Compare pictures with real ones, with their prompts and with the dense model's."""
     from ecodiff.evaluate.quality import Judge
     from ecodiff.evaluate.samples import Samples
-    from ecodiff.prompts import read_prompts
+    from ecodiff.prompts import read_prompts, say_shared
     from ecodiff.runtime.artifacts import write_json
     from ecodiff.runtime.devices import choose_device
 
@@ -49,7 +53,10 @@ def quality(
     with job("evaluate.quality", out, variants=variant, **chosen.model_dump()):
         samples = {name: Samples(paths) for name, paths in shards.items()}
         dense = next(iter(samples.values()))
-        judge = Judge(read_prompts(table), dense, chosen, choose_device(device))
+        rows = read_prompts(table)
+        for other in learned or ():
+            say_shared(rows, read_prompts(other), other)
+        judge = Judge(rows, dense, chosen, choose_device(device))
         write_json(out, {name: judge(pictures) for name, pictures in samples.items()})
 
 

@@ -102,6 +102,11 @@ class Plan:
         """What a prompt set is read from. A dry-run may come before its files do."""
         return [file for file in self.config.prompts[set].files if Path(file).exists()]
 
+    def learned_tables(self) -> list[str]:
+        """The tables of the prompts that models learn from, other than those they are judged on."""
+        learned = self.config.prompts_learned()
+        return [self.prompts(name) for name in learned if name != self.config.evaluate.prompts]
+
     def real_pictures(self) -> list[str]:
         """The folder of the real pictures that variants are judged by; none without them."""
         name = self.config.evaluate.prompts

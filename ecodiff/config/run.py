@@ -88,6 +88,16 @@ class Config(Settings):
         }
         return {**data, "models": models}
 
+    def prompts_learned(self) -> list[str]:
+        """The prompt sets that masks are learned from and models retrained on."""
+        kinds = [
+            section
+            for model in (self, *self.models.values())
+            for section in (model.retrain.lora, model.retrain.full)
+        ]
+        names = (kind.prompts for kind in kinds if kind.prompts is not None)
+        return [*dict.fromkeys([self.calibrate.prompts, *names])]
+
     def ablations_of(self, model: str) -> list[Ablation]:
         """The points of a model's sweep; none without the section."""
         return self.ablations.points(self.models[model].mask) if self.ablations else []

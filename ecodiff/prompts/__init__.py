@@ -61,6 +61,13 @@ def make_prompts(settings: PromptSet, images: str | Path) -> pd.DataFrame:
     return table
 
 
+def say_shared(table: pd.DataFrame, learned: pd.DataFrame, name: str | Path) -> None:
+    """Log how many captions of a table are also in one that models learn from."""
+    shared = int(table["prompt"].isin(learned["prompt"]).sum())
+    if shared:
+        log.warning("prompts: %s of %s captions are in %s too", shared, len(table), name)
+
+
 def _find_pictures(settings: PromptSet, paths: list[str]) -> None:
     """UserError when real pictures are missing: better now than when all is drawn."""
     if settings.images is not None and not os.path.isdir(settings.images):
