@@ -38,7 +38,7 @@ def quality(
     config: ConfigFile = None,
     learned: Annotated[
         list[Path] | None,
-        typer.Option(help="A table that models learned from: log what is shared."),
+        typer.Option(help="A table that models learned from; logs what is shared."),
     ] = None,
 ) -> None:
     """Compare pictures with real ones, with their prompts and with the dense model's."""
