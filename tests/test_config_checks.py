@@ -2,7 +2,7 @@
 
 import pytest
 
-from ecodiff.config.checks import is_local, missing
+from ecodiff.config.checks import inception_weights, is_local, missing
 from ecodiff.config.run import load_config, load_planned
 from ecodiff.runtime.errors import UserError
 
@@ -161,3 +161,20 @@ def test_every_file_that_is_not_there_is_named(tmp_path, monkeypatch):
     }
     _, lines = load_planned(config(**changes), [])
     assert "prompts.evaluation.path: there is no file c.json" in lines
+
+
+@pytest.mark.parametrize("features", ["inception", "clip"])
+def test_weights_that_a_run_will_fetch_at_its_end_are_said_at_its_start(
+    features, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    evaluate = {"features": features}
+    load_planned(config(evaluate=evaluate), [])
+    assert bool(caplog.messages) == (features == "inception")
+    caplog.clear()
+    place = inception_weights()
+    assert tmp_path in place.parents
+    place.parent.mkdir(parents=True)
+    place.touch()
+    load_planned(config(evaluate=evaluate), [])
+    assert not caplog.messages

@@ -3,6 +3,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from urllib.error import URLError
 
 import numpy as np
 import open_clip
@@ -221,6 +222,18 @@ def test_inception_features_have_2048_dimensions(monkeypatch: pytest.MonkeyPatch
     images = np.zeros((2, 8, 8, 3), dtype=np.uint8)
     assert features.inception()(images).shape == (2, 3 * 8 * 8)
     assert asked == [2048]
+
+
+def test_weights_of_inception_that_cannot_be_had_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def offline(feature: int) -> None:
+        raise URLError("no network")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(features, "FrechetInceptionDistance", offline)
+    with pytest.raises(UserError, match=r"6726825d\.pth or fetched .*no network.*features: clip"):
+        features.inception()
 
 
 def test_an_error_of_a_metric_is_not_swallowed(

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -60,6 +61,21 @@ def missing(config: Config) -> Iterator[Mistake]:
     published = config.report.published
     if published is not None and not Path(published).is_file():
         yield ("report", "published"), f"there is no file {published}"
+
+
+def to_fetch(config: Config) -> Iterator[Mistake]:
+    """What a run will want from the network at its end, unless it lies here before."""
+    place = inception_weights()
+    if config.evaluate.features == "inception" and not place.is_file():
+        yield ("evaluate", "features"), f"the weights of Inception are not at {place}"
+
+
+def inception_weights() -> Path:
+    """Where torchmetrics looks for the weights of its Inception network, and puts them."""
+    cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    home = os.environ.get("TORCH_HOME", os.path.join(cache, "torch"))
+    name = "weights-inception-2015-12-05-6726825d.pth"  # of torch-fidelity, v0.2.0
+    return Path(home, "hub/checkpoints", name).expanduser()
 
 
 def is_local(source: str) -> bool:

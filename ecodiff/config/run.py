@@ -7,6 +7,7 @@ is what `python -m ecodiff.config.run` prints. Imports no torch.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from ecodiff.config.ablations import Ablation, AblationSettings
-from ecodiff.config.checks import Mistake, missing, mistakes
+from ecodiff.config.checks import Mistake, missing, mistakes, to_fetch
 from ecodiff.config.reading import Document, merged, read_document, read_settings
 from ecodiff.config.sections import (
     CalibrateSettings,
@@ -35,6 +36,8 @@ from ecodiff.config.sections import (
 )
 from ecodiff.config.variants import Variant, VariantSettings
 from ecodiff.runtime.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 class ModelSettings(Settings):
@@ -142,6 +145,8 @@ def load_planned(
     last = documents[-1] if documents else Document(None)
     document = Document(values, last.name, last.lines)
     config = load_config(document)
+    for line in _lines(to_fetch(config), document):
+        log.warning("config: %s; they will be fetched when pictures are judged", line)
     return config, _lines(missing(config), document)
 
 
