@@ -178,7 +178,7 @@ class Watch:
             self.live.start()
 
     def _begin(self, job: Any) -> None:
-        names = " ".join(str(value) for value in (job.wildcards or {}).values())
+        names = "/".join(str(value) for value in (job.wildcards or {}).values())
         self.jobs[job.jobid] = (job.rule_name, names, time.monotonic())
         if job.rule_name not in self.tasks:
             total = self.planned[job.rule_name]
@@ -231,7 +231,7 @@ class Watch:
         """The bars, and below them the jobs that run."""
         now = time.monotonic()
         lines = [
-            Text(f"{rule} {names} {span(now - began)}", "dim", no_wrap=True, overflow="ellipsis")
+            Text(f"{rule} {names} ({span(now - began)})", no_wrap=True, overflow="ellipsis")
             for rule, names, began in self.jobs.values()
         ]
         left = self.left()

@@ -58,7 +58,7 @@ def test_elsewhere_each_finished_job_is_a_line(clock):
     assert seen(begin(1, "prune", model="toy", variant="ecodiff-20")) == ""
     clock.seconds = 65
     line = seen(ended(1))
-    assert line == "[1/4] prune toy ecodiff-20 (1 min 05 s), about 3 min 15 s left\n"
+    assert line == "[1/4] prune toy/ecodiff-20 (1 min 05 s), about 3 min 15 s left\n"
 
 
 def test_time_left_knows_what_each_stage_takes_and_how_many_jobs_run_at_once(clock):
@@ -84,7 +84,7 @@ def test_a_terminal_shows_stages_that_have_begun_and_the_jobs_that_run(clock):
     with seen.watch.console.capture() as captured:
         seen.watch.console.print(seen.watch._screen())
     shown = captured.get()
-    assert "prune toy 7 s" in shown
+    assert "prune toy (7 s)" in shown
     assert "0/2" in shown and "0/4" in shown
     assert "generate" not in shown
 
