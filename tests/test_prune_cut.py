@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from functools import cache
-from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import CALLS, tiny
+from tiny import CALLS, tiny, whole_mask
 from torch import nn
 
 import ecodiff
@@ -196,7 +195,7 @@ def test_prune_takes_a_mask_by_its_kept_units():
     structure = next(s for s in discover(pipe) if s.kind == "neurons")
     (consumer,) = structure.consumers
     rows = pipe.unet.get_submodule(consumer.module).out_features
-    ecodiff.prune(pipe, SimpleNamespace(kept={structure.name: one_unit(structure, 3)}))
+    ecodiff.prune(pipe, whole_mask(pipe, {structure.name: one_unit(structure, 3)}))
     assert pipe.unet.config["pruned"]["shapes"][consumer.module] == [rows, 1]
     assert pipe.unet.get_submodule(consumer.module).weight.shape == (rows, 1)
 

@@ -110,7 +110,7 @@ def test_the_loss_falls(family, kind, lr, left):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_distillation_by_lora_wins_back_what_pruning_lost(family):
     pipe, calibration = half_pruned(family)
-    teacher = denoiser_of(tiny(family))
+    teacher = tiny(family)
     before = mean_losses(pipe, calibration, teacher, distillation=1.0).distillation
     settings = RetrainSettings(rank=4, lr=1e-2, steps=15, batch=2, distillation=1e6)
     retrain(pipe, calibration, settings, teacher)

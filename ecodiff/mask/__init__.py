@@ -22,7 +22,10 @@ from ecodiff.config.sections import MaskSettings
 from ecodiff.mask.methods import Request, Scores, scored
 from ecodiff.mask.select import check_scores, limits_of, removed_share, select
 from ecodiff.mask.sensitivity import closed_means
-from ecodiff.models.structures import Structure, count_parameters, denoiser_of, discover
+from ecodiff.models.identity import OLD
+from ecodiff.models.pipelines import check_fingerprint, fingerprint, name_of
+from ecodiff.models.pruned import Pruned
+from ecodiff.models.structures import count_parameters, denoiser_of, discover
 from ecodiff.runtime.artifacts import atomic
 from ecodiff.runtime.errors import UserError
 
@@ -36,29 +39,37 @@ class Mask:
     Attributes:
         scores: structure name -> fp32 (units,), higher is more important.
         kept: structure name -> bool (units,), true for units that stay.
-        info: model, method, target, exact sparsity, settings; anything that JSON can hold.
+        fingerprint: of the dense model, see `pipelines.fingerprint`.
+        info: model, method, target, exact sparsity, settings, and of methods that look at a
+            calibration its call, prompts and seeds; anything that JSON can hold.
         means: what biases give in the place of units that go, see `Calibration`; none: nothing.
+        file: what errors call it.
     """
 
     scores: dict[str, Tensor]
     kept: dict[str, Tensor]
+    fingerprint: str
     info: dict[str, Any] = field(default_factory=dict)
     means: dict[str, Tensor] = field(default_factory=dict)
+    file: str = "mask"
 
-    def check(self, structures: Sequence[Structure]) -> None:
-        """Raise `UserError` unless names and sizes are those of a model's structures."""
+    def check(self, pipe: DiffusionPipeline) -> None:
+        """Raise `UserError` unless this is of the dense model `pipe`, with all its structures."""
+        check_fingerprint(self.file, self.fingerprint, fingerprint(pipe), pipe)
+        structures = discover(pipe)
         check_scores(structures, self.scores)
         check_scores(structures, {name: value.float() for name, value in self.kept.items()})
 
     def at(self, pipe: DiffusionPipeline, sparsity: float) -> Mask:
         """The mask of another sparsity by the same scores, selected by the same settings.
 
-        Right unless the scores were learned for one sparsity alone. Raises what `select` does.
+        Right unless the scores were learned for one sparsity alone. Raises what `check` and
+        `select` do.
         """
+        self.check(pipe)
         settings = MaskSettings.model_validate(self.info["settings"])
-        return replace(
-            _selected(pipe, self.scores, sparsity, settings, self.info), means=self.means
-        )
+        found = _selected(pipe, self.scores, sparsity, settings, self.info)
+        return replace(self, kept=found.kept, info=found.info)
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, whole or not at all."""
@@ -66,21 +77,26 @@ class Mask:
         tensors |= {f"kept/{name}": value.contiguous() for name, value in self.kept.items()}
         tensors |= {f"means/{name}": value.contiguous() for name, value in self.means.items()}
         with atomic(path) as scratch:
-            save_file(tensors, scratch, metadata={"ecodiff": json.dumps(self.info, default=str)})
+            info = json.dumps(self.info, default=str)
+            metadata = {"ecodiff": info, "fingerprint": self.fingerprint}
+            save_file(tensors, scratch, metadata=metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read what `save` wrote. Raises `UserError` when the file is missing or not one."""
+        """Read what `save` wrote. Raises `UserError` when the file is missing, old or not one."""
         parts: dict[str, dict[str, Tensor]] = {"scores": {}, "kept": {}, "means": {}}
         try:
             with safe_open(path, framework="pt") as file:
-                info = json.loads(file.metadata()["ecodiff"])
+                metadata = file.metadata()
+                info = json.loads(metadata["ecodiff"])
                 for key in file.keys():  # noqa: SIM118
                     part, _, name = key.partition("/")
                     parts[part][name] = file.get_tensor(key)
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: missing, truncated or not a mask of ecodiff") from error
-        return cls(**parts, info=info)
+        if "fingerprint" not in metadata:
+            raise UserError(f"{path}: {OLD}")
+        return cls(**parts, info=info, fingerprint=metadata["fingerprint"], file=str(path))
 
 
 def score(
@@ -107,6 +123,7 @@ def score(
     Raises:
         UserError: an unknown method, or something that the method needs is missing.
     """
+    _refuse_pruned(pipe)
     request = Request(seed, settings or MaskSettings(), calibration, sparsity)
     return scored(pipe, method, request)[0]
 
@@ -128,6 +145,9 @@ def make_mask(
     """
     settings = settings or MaskSettings()
     denoiser = denoiser_of(pipe)
+    _refuse_pruned(pipe)
+    if calibration is not None:
+        calibration.check(pipe)
     nothing = {s.name: torch.zeros(s.units) for s in discover(denoiser)}
     # Fails before hours of learning, not after, when the sparsity cannot be reached.
     _selected(pipe, nothing, sparsity, settings)
@@ -140,7 +160,7 @@ def make_mask(
         "settings": settings.model_dump(),
     }
     if calibration is not None:
-        info |= {"seeds": calibration.seeds, "fingerprint": calibration.fingerprint}
+        info |= {key: getattr(calibration, key) for key in ("call", "prompts", "seeds")}
     mask = _selected(pipe, found, sparsity, settings, info)
     if METHODS[method].closes_on_means and calibration is not None:
         mask.means = dict(closed_means(settings, calibration))
@@ -184,4 +204,10 @@ def _selected(
     structures, total = discover(denoiser), count_parameters(denoiser)
     kept = select(structures, found, sparsity, total, **limits_of(settings))
     exact = removed_share(structures, kept, total)
-    return Mask(found, kept, {**info, "target": sparsity, "sparsity": exact, "parameters": total})
+    info = {**info, "target": sparsity, "sparsity": exact, "parameters": total}
+    return Mask(found, kept, fingerprint(pipe), info)
+
+
+def _refuse_pruned(pipe: DiffusionPipeline) -> None:
+    if isinstance(denoiser_of(pipe), Pruned):
+        raise UserError(f"mask: {name_of(pipe)} is pruned already; masks are of dense models")

@@ -73,7 +73,7 @@ def learn_mask(
             `scratch`.
         Stopped: SIGTERM came; the state is in `scratch`.
     """
-    calibration.check(pipe)
+    calibration = calibration.for_dense(pipe)
     with _memory_explained(settings):
         learner = Learner(pipe, calibration, settings, sparsity)
     identity = {

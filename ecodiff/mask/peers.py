@@ -90,7 +90,7 @@ def taylor(
     Returns structure name -> fp32 (units,), on the CPU. Raises `UserError` when the scheduler's
     training loss isn't known.
     """
-    calibration.check(pipe)
+    calibration = calibration.for_dense(pipe)
     denoiser, structures = denoiser_of(pipe), discover(pipe)
     modules = dict.fromkeys(p.module for s in structures for p in (*s.producers, *s.consumers))
     weights = {name: denoiser.get_submodule(name).weight for name in modules}
@@ -134,7 +134,7 @@ def depth(pipe: DiffusionPipeline, calibration: Calibration, batch: int) -> dict
     The last block that goes may go in part, so that the share of parameters is that of the other
     methods. What lies in no block is kept: infinite. Structure name -> fp32 (units,), on the CPU.
     """
-    calibration.check(pipe)
+    calibration = calibration.for_dense(pipe)
     denoiser, structures = denoiser_of(pipe), discover(pipe)
     blocks = {s.name: _block(s.name) for s in structures}
     changes: dict[str, list[float]] = {name: [] for name in blocks.values() if name}

@@ -7,6 +7,7 @@ config says how narrow, under `pruned`:
     shapes     layer -> shape of its weight
     scattered  linears whose missing output channels give their bias alone
     heads      attention -> heads that are left
+    dense      the fingerprint of the dense model, see `pipelines.fingerprint`
 """
 
 from __future__ import annotations

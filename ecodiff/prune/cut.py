@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ecodiff.calibrate import Calibration, Grams
 from ecodiff.config.sections import PruneSettings
+from ecodiff.models.pipelines import fingerprint
 from ecodiff.models.pruned import Pruned, pruned_class
 from ecodiff.models.structures import Structure, denoiser_of, discover
 from ecodiff.prune.compensate import compensate
@@ -44,12 +45,15 @@ def prune(
         settings: how.
 
     Raises:
-        UserError: the denoiser is pruned already, or mask or grams don't fit its structures.
+        UserError: the denoiser is pruned already, mask or data are of another model, or a mapping
+            doesn't fit its structures.
     """
     denoiser = denoiser_of(pipe)
     if isinstance(denoiser, Pruned):
         raise UserError("the denoiser is pruned already; prune the dense model with a larger mask")
-    structures = discover(denoiser)
+    if not isinstance(mask, Mapping):
+        mask.check(pipe)
+    structures, dense = discover(denoiser), fingerprint(pipe)
     kept = _kept_units(structures, getattr(mask, "kept", mask))
     settings = settings or PruneSettings()
     if isinstance(data, Calibration):
@@ -70,7 +74,7 @@ def prune(
     leave_means(denoiser, structures, kept, means)
     record = narrow(denoiser, structures, kept)
     denoiser.__class__ = pruned_class(type(denoiser))
-    denoiser.register_to_config(pruned=record)
+    denoiser.register_to_config(pruned={**record, "dense": dense})
     # The pipeline recorded the dense class; setting the component records the new one.
     name = next(n for n, component in pipe.components.items() if component is denoiser)
     setattr(pipe, name, denoiser)

@@ -47,7 +47,7 @@ def compensate_in_groups(
         groups: how many; 1 differs from `compensate` by structures without consumers alone.
         batch_size: prompts that run together.
     """
-    calibration.check(pipe)
+    calibration = calibration.for_dense(pipe)
     denoiser = denoiser_of(pipe)
     batches = calibration.batches(batch_size, denoiser.device)
     steps = [s for e, noise, _ in batches for s in dense_steps(pipe, e, noise, calibration.call)]

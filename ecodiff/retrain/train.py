@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from ecodiff.calibrate import Calibration
 from ecodiff.config.sections import RetrainSettings
+from ecodiff.models.pipelines import check_dense
 from ecodiff.models.saving import dense_structures
 from ecodiff.models.structures import denoiser_of
 from ecodiff.runtime.errors import UserError
@@ -26,7 +27,7 @@ def retrain(
     pipe: DiffusionPipeline,
     calibration: Calibration,
     settings: RetrainSettings,
-    teacher: nn.Module | None = None,
+    teacher: DiffusionPipeline | None = None,
 ) -> pd.DataFrame:
     """Train the denoiser in place on the model's own training loss (EcoDiff, "retraining").
 
@@ -36,19 +37,25 @@ def retrain(
 
     Args:
         pipe: the pruned pipeline; its denoiser keeps class, shapes, dtype and device.
-        calibration: embeddings and z0 of the dense model.
+        calibration: embeddings and z0 of the dense model that it was pruned from.
         settings: the section `retrain.lora` or `retrain.full`.
-        teacher: the dense denoiser on the same device; needed for distillation.
+        teacher: that dense model, on the same device; needed for distillation.
 
     Returns:
         A row a step: step, loss, distillation (not weighted), seconds.
 
     Raises:
-        UserError: distillation without a teacher, a scheduler that isn't supported, or a loss that
-            is not finite; with LoRA the denoiser is then as it was.
+        UserError: distillation without a teacher, a calibration or teacher of another model, a
+            batch larger than the calibration, a rank above the layers' widths, a scheduler that
+            isn't supported, or a loss that is not finite; with LoRA the denoiser is then as it was.
     """
     if settings.distillation and teacher is None:
         raise UserError("retrain: distillation needs the dense model")
+    if teacher is not None:
+        check_dense(pipe, teacher)
+    calibration, count = calibration.for_pruned(pipe), len(calibration.prompts)
+    if settings.batch > count:
+        raise UserError(f"retrain: batch: {settings.batch}, but {calibration.file} has {count}")
     denoiser = denoiser_of(pipe)
     generator = torch.Generator().manual_seed(settings.seed)
     history, start = [], time.perf_counter()
@@ -73,7 +80,7 @@ def _losses(
     pipe: DiffusionPipeline,
     calibration: Calibration,
     settings: RetrainSettings,
-    teacher: nn.Module | None,
+    teacher: DiffusionPipeline | None,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
     """Return the training loss and the distance to the teacher on a random batch."""
@@ -91,7 +98,7 @@ def _losses(
     if not settings.distillation:
         return loss, torch.zeros_like(loss)
     with torch.no_grad():
-        wanted = prepared.predict(teacher, noised, timesteps).float()
+        wanted = prepared.predict(denoiser_of(teacher), noised, timesteps).float()
     return loss, functional.mse_loss(predicted, wanted)
 
 
@@ -121,6 +128,9 @@ def _lora(denoiser: nn.Module, settings: RetrainSettings) -> Iterator[list[nn.Pa
     present = dict(denoiser.named_modules())
     # Attention without heads has lost its linears, others may have no rows or columns left.
     targets = sorted(t for t in targets if t in present and present[t].weight.numel())
+    widest = max((min(present[t].weight.shape[:2]) for t in targets), default=0)
+    if settings.rank > widest:
+        raise UserError(f"retrain: rank: {settings.rank} is above the widest layer's {widest}")
     config = LoraConfig(r=settings.rank, lora_alpha=settings.rank, target_modules=targets)
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
