@@ -62,10 +62,17 @@ class Gallery:
         self.dense = self.write("dense", self.true, self.z0)
         self.pruned = self.write("pruned", self.noisy, self.z1)
 
-    def write(self, name: str, images: np.ndarray, z0: torch.Tensor) -> Samples:
-        index = list(range(COUNT))
+    def write(self, name: str, images: np.ndarray, z0: torch.Tensor, **origin: object) -> Samples:
+        index, captions = list(range(COUNT)), self.prompts["prompt"].tolist()
         shards = [
-            write_shard(self.folder / name / str(i), index[rows], images[rows], z0[rows].clone())
+            write_shard(
+                self.folder / name / str(i),
+                index[rows],
+                images[rows],
+                z0[rows].clone(),
+                captions[rows],
+                **origin,
+            )
             for i, rows in enumerate((slice(0, 7), slice(7, COUNT)))
         ]
         return Samples(shards[::-1])
@@ -180,7 +187,8 @@ def test_captions_of_one_and_of_two_objects_are_counted_apart(
 
 def test_other_captions_have_no_scene_accuracy(gallery: Gallery) -> None:
     gallery.prompts.loc[4, "prompt"] = "a photo of a dog"
-    judged = Judge(gallery.prompts, gallery.dense, gallery.settings)(gallery.dense)
+    dense = gallery.write("dogs", gallery.true, gallery.z0)
+    judged = Judge(gallery.prompts, dense, gallery.settings)(dense)
     assert judged["scene_accuracy"] is None
     assert judged["scene_accuracy_one"] is judged["scene_accuracy_two"] is None
 
@@ -237,7 +245,7 @@ def test_an_error_of_a_metric_is_not_swallowed(
 
 def test_pictures_of_other_prompts_are_refused(gallery: Gallery) -> None:
     half = Samples([gallery.folder / "pruned" / "0"])
-    with pytest.raises(UserError, match=r"prompts \[7, 8, 9, 10, 11\]"):
+    with pytest.raises(UserError, match=r"pruned/0: has not prompts \[7, 8, 9, 10, 11\]"):
         Judge(gallery.prompts, gallery.dense, gallery.settings)(half)
 
 

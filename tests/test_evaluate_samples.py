@@ -28,7 +28,7 @@ def test_rows_follow_the_index_whatever_the_order_of_shards(tmp_path: Path) -> N
 
 def test_a_prompt_in_two_shards_is_refused(tmp_path: Path) -> None:
     shards = [shard(tmp_path / "a", [0, 1]), shard(tmp_path / "b", [1, 2])]
-    with pytest.raises(UserError, match="prompt 1 is in more than one shard"):
+    with pytest.raises(UserError, match="prompt 1 is there more than once"):
         Samples(shards)
 
 

@@ -9,7 +9,9 @@ from diffusers import DiffusionPipeline
 
 from ecodiff.calibrate import Calibration
 from ecodiff.mask import Mask
+from ecodiff.models.pipelines import remedy
 from ecodiff.models.structures import denoiser_of, discover
+from ecodiff.runtime.errors import UserError
 from ecodiff.trajectory.gates import Gates
 
 COLUMNS = ("mask", "sparsity", "latent_error", "median_error")
@@ -37,9 +39,10 @@ def mask_error(
         that turn out as something else, so among good masks it is chance; the median is not.
 
     Raises:
-        UserError: record or mask are of another model, or a sparsity cannot be reached.
+        UserError: record or mask are of another model, a sparsity cannot be reached, or latents are
+            not finite.
     """
-    record.check(pipe)
+    record = record.for_dense(pipe)
     denoiser = denoiser_of(pipe)
     structures = discover(denoiser)
     dense = record.z0.double()
@@ -51,6 +54,13 @@ def mask_error(
             gates.set(mask.at(pipe, sparsity).kept)
             with gates.attached(denoiser):
                 latents = record.drawn_by(pipe, batch_size)
+            finite = latents.flatten(1).isfinite().all(1)
+            if not finite.all():
+                odd = (~finite).nonzero().flatten().tolist()[:5]
+                raise UserError(
+                    f"mask-error: {mask.file} at {sparsity}: latents of prompts {odd} are not"
+                    f" finite{remedy(pipe)}"
+                )
             errors = (latents.double() - dense).square().flatten(1).mean(1) / variance
             rows.append((name, sparsity, errors.mean().item(), errors.quantile(0.5).item()))
     return pd.DataFrame(rows, columns=[*COLUMNS])
