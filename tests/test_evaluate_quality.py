@@ -245,7 +245,7 @@ def test_an_error_of_a_metric_is_not_swallowed(
 
 def test_pictures_of_other_prompts_are_refused(gallery: Gallery) -> None:
     half = Samples([gallery.folder / "pruned" / "0"])
-    with pytest.raises(UserError, match=r"pruned/0: has not prompts \[7, 8, 9, 10, 11\]"):
+    with pytest.raises(UserError, match=r"pruned/0: lacks prompts \[7, 8, 9, 10, 11\]"):
         Judge(gallery.prompts, gallery.dense, gallery.settings)(half)
 
 

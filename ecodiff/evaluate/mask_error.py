@@ -43,6 +43,8 @@ def mask_error(
             not finite.
     """
     record = record.for_dense(pipe)
+    for mask in masks.values():  # before the first is measured
+        mask.check(pipe)
     denoiser = denoiser_of(pipe)
     structures = discover(denoiser)
     dense = record.z0.double()

@@ -128,7 +128,7 @@ class Samples:
         for one, two, first, second in ((theirs, mine, other, self), (mine, theirs, self, other)):
             odd = sorted(one.keys() - two.keys())
             if odd:
-                raise UserError(f"{second}: has not prompts {odd[:5]}, which {first} has")
+                raise UserError(f"{second}: lacks prompts {odd[:5]}, which {first} has")
         odd = [index for index in mine if mine[index] != theirs[index]]
         if odd:
             raise UserError(

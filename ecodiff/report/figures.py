@@ -19,7 +19,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from ecodiff.config.variants import Variant
 from ecodiff.report import analysis, pictures
-from ecodiff.report.results import Results
+from ecodiff.report.results import QUARTILES, Results
 from ecodiff.report.style import COST, QUALITY, REMOVED, colour, label, look, method
 from ecodiff.runtime.artifacts import atomic
 from ecodiff.runtime.errors import UserError
@@ -38,7 +38,6 @@ plt.rcParams.update(
         "pdf.fonttype": 42,  # text stays text
     }
 )
-_QUARTILES = ("low", "high")
 WIDE = 50  # ratio of values from which an axis is logarithmic
 FITTING = 12  # names of a legend that fit the place of a panel
 # The dense model itself is no reference there.
@@ -99,9 +98,7 @@ def cost(results: Results, model: str) -> Figure:
         axis.barh([label(v) for v in variants], values, color=[colour(v) for v in variants])
         ends = values
         if quantity.key == "latency_ms_per_image":
-            low, ends = (
-                [measured[v.name][f"latency_ms_{k}"] for v in variants] for k in _QUARTILES
-            )
+            low, ends = ([measured[v.name][key] for v in variants] for key in QUARTILES)
             axis.hlines(range(len(variants)), low, ends, color="#666666")
         texts = [quantity.show(dense[quantity.key])]
         for variant in variants[1:]:
