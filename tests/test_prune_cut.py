@@ -6,12 +6,13 @@ from functools import cache
 
 import pytest
 import torch
-from tiny import CALLS, tiny, whole_mask
+from tiny import CALLS, calibrated, tiny, whole_mask
 from torch import nn
 
 import ecodiff
+from ecodiff.calibrate import gather_grams
 from ecodiff.models.pipelines import denoise, encode, starting_noise
-from ecodiff.models.pruned import NoHeads, ScatterLinear
+from ecodiff.models.pruned import NoHeads, Pruned, ScatterLinear
 from ecodiff.models.structures import count_parameters, denoiser_of, discover
 from ecodiff.runtime.errors import UserError
 from ecodiff.trajectory.gates import Gates
@@ -188,6 +189,15 @@ def test_attention_knows_its_heads_and_keeps_its_query_dim():
         attention = pipe.unet.get_submodule(s.name.removesuffix(".heads"))
         assert attention.heads == 1 and attention.inner_dim == s.width
         assert attention.query_dim == attention.to_q.in_features == query_dims[s.name]
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_what_compensates_must_be_of_the_model(groups):
+    pipe, (other, calibration) = tiny("flux"), calibrated("flux", seed=1)
+    data = gather_grams(other, discover(other), calibration, 2) if groups == 1 else calibration
+    with pytest.raises(UserError, match="another model"):
+        ecodiff.prune(pipe, {s.name: one_unit(s, 0) for s in discover(pipe)}, data)
+    assert not isinstance(denoiser_of(pipe), Pruned)
 
 
 def test_prune_takes_a_mask_by_its_kept_units():

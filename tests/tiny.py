@@ -435,9 +435,9 @@ def _awake(pipe: DiffusionPipeline) -> DiffusionPipeline:
     return pipe
 
 
-def calibrated(family: str) -> tuple[DiffusionPipeline, Calibration]:
+def calibrated(family: str, seed: int = 0) -> tuple[DiffusionPipeline, Calibration]:
     """A dense pipeline and its calibration on two prompts."""
-    pipe = tiny(family)
+    pipe = tiny(family, seed)
     return pipe, calibrate(pipe, ["a red square", "a blue ring"], [1, 2], CALLS[family], 2)
 
 

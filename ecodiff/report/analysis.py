@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from ecodiff.config.variants import Variant
 from ecodiff.report.results import Results
-from ecodiff.report.style import REMOVED, look, method
+from ecodiff.report.style import OBJECTS, REMOVED, look, method
 
 SHOWN = "ecodiff"  # whose masks are taken apart
 # What a structure's name ends with, and the part of the model that it belongs to; first match.
@@ -28,7 +28,6 @@ PARTS = {
     r"neurons": "feed-forward",
     r"modulation": "modulation",
 }
-OBJECTS = {"scene_accuracy_one": "one object", "scene_accuracy_two": "two objects"}
 
 
 def analysis(results: Results, model: str) -> Figure:

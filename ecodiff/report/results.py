@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from ecodiff.config.variants import Variant
 from ecodiff.models.identity import read_origin
 from ecodiff.prompts import read_prompts
-from ecodiff.report.style import COST, QUALITY
+from ecodiff.report.style import COST, OBJECTS, QUALITY
 from ecodiff.runtime.errors import UserError
 
 QUARTILES = ("latency_ms_low", "latency_ms_high")
@@ -72,13 +73,23 @@ class Results:
 
     def quality(self, model: str, variant: Variant) -> dict[str, Any]:
         """What `evaluate quality` found."""
-        return self._found(model, "quality.json", [one.key for one in QUALITY])[variant.name]
+        keys = [*(one.key for one in QUALITY), *OBJECTS]
+        found = self._found(model, "quality.json", keys)
+        # What is no number is so for all: no real images, or captions that nothing checks. But
+        # pictures that are identical have no finite PSNR.
+        for key in (key for key in keys if key != "psnr"):
+            lacking = [name for name in self.variants[model] if found[name][key] is None]
+            if 0 < len(lacking) < len(self.variants[model]):
+                path = self.folder / model / "quality.json"
+                raise UserError(f"{path}: {lacking[0]} has no {key}, others have; evaluate again")
+        return found[variant.name]
 
     def efficiency(self, model: str) -> dict[str, dict[str, Any]] | None:
         """What `evaluate efficiency` found for each variant; None when it was not measured."""
         if not (self.folder / model / "efficiency.json").exists():
             return None
-        return self._found(model, "efficiency.json", [*(one.key for one in COST), *QUARTILES])
+        keys = [*(one.key for one in COST), *QUARTILES, "device"]
+        return self._found(model, "efficiency.json", keys)
 
     def mask_cost(self, model: str) -> pd.DataFrame:
         """What `evaluate mask-cost` found."""
@@ -115,9 +126,14 @@ class Results:
         path = self.folder / model / variant.name / "model" / "history.csv"
         return read_csv(path, ["step", "loss"])
 
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """The table of the evaluation prompts, in the order of their index."""
+        return read_prompts(self.prompts)
+
     def captions(self) -> pd.Series:
         """The evaluation prompts by their index."""
-        return read_prompts(self.prompts).set_index("index")["prompt"]
+        return self.table.set_index("index")["prompt"]
 
     def picture(self, model: str, variant: Variant, index: int) -> np.ndarray:
         """The picture of a prompt, made smaller than `SIDE`: uint8 (height, width, 3).
@@ -125,7 +141,7 @@ class Results:
         It lies in the shard where the run's shard size puts it. Raises `UserError` when it is
         missing or damaged, or was drawn of another prompt, call or dense model.
         """
-        table = read_prompts(self.prompts)
+        table = self.table
         row = table["index"].tolist().index(index)
         shard, dense = (
             self.folder / model / name / "images" / str(row // self.shard_size)
@@ -135,7 +151,7 @@ class Results:
         odd = origin.odd_to(of_dense)
         if odd:
             raise UserError(f"{shard}: does not belong to {dense}: {odd}")
-        wanted = (table["prompt"][row], table["seed"][row])
+        wanted = (table["prompt"][row], int(table["seed"][row]))
         drawn = dict(zip(indices, zip(origin.prompts, origin.seeds, strict=True), strict=True))
         if drawn.get(index) != wanted:
             raise UserError(
@@ -151,7 +167,7 @@ class Results:
         return np.asarray(image)
 
     def _found(self, model: str, file: str, keys: Sequence[str]) -> dict[str, dict[str, Any]]:
-        """What was found for each variant of a model: a number, or None, for each key."""
+        """What was found for each variant of a model: for each key a number, a text or None."""
         path = self.folder / model / file
         found = _json(path)
         for name in self.variants[model]:
@@ -159,10 +175,11 @@ class Results:
             if not isinstance(one, dict):
                 raise UserError(f"{path}: has no variant {name}; evaluate again")
             missing = [key for key in keys if key not in one]
-            odd = [k for k in keys if k in one and one[k] is not None and not _is_number(one[k])]
-            if missing or odd:
-                what = f"has no {missing[0]}" if missing else f"{odd[0]} is {one[odd[0]]!r}"
-                raise UserError(f"{path}: {name}: {what}; evaluate again")
+            if missing:
+                raise UserError(f"{path}: {name} has no {missing[0]}; evaluate again")
+            odd = [key for key in keys if not _fits(key, one[key])]
+            if odd:
+                raise UserError(f"{path}: {odd[0]} of {name} is {one[odd[0]]!r}; evaluate again")
         return found
 
     def _mask(self, model: str, variant: Variant) -> Path:
@@ -208,6 +225,14 @@ def _json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"{path}: is not a mapping of variants")
     return found
+
+
+def _fits(key: str, value: Any) -> bool:
+    """Whether a value is of the kind that a stage writes under a key."""
+    if key == "device":
+        return isinstance(value, str)
+    may_lack = key in OBJECTS or key in {one.key for one in QUALITY}
+    return (value is None and may_lack) or _is_number(value)
 
 
 def _is_number(value: Any) -> bool:
