@@ -249,6 +249,44 @@ def test_pictures_of_other_prompts_are_refused(gallery: Gallery) -> None:
         Judge(gallery.prompts, gallery.dense, gallery.settings)(half)
 
 
+def test_another_table_of_the_same_length_is_refused(gallery: Gallery) -> None:
+    shuffled = gallery.prompts.assign(prompt=gallery.captions[::-1])
+    with pytest.raises(UserError, match=r"dense/.*prompt 0 is .* in other\.parquet"):
+        Judge(shuffled, gallery.dense, gallery.settings, table="other.parquet")
+
+
+def test_a_table_with_an_index_twice_is_refused(gallery: Gallery) -> None:
+    twice = pd.concat([gallery.prompts, gallery.prompts[3:4]])
+    with pytest.raises(UserError, match="the prompt table: index 3 is there twice"):
+        Judge(twice, gallery.dense, gallery.settings)
+
+
+def test_a_variant_of_another_dense_model_is_refused(gallery: Gallery) -> None:
+    other = gallery.write("other", gallery.noisy, gallery.z1, model="p:", dense="q:")
+    judge = Judge(gallery.prompts, gallery.dense, gallery.settings)
+    with pytest.raises(UserError, match="pruned from another dense model"):
+        judge(other)
+
+
+@pytest.mark.parametrize("variant", ["dense", "pruned"])
+def test_latents_that_are_not_finite_never_reach_a_table(gallery: Gallery, variant: str) -> None:
+    z0 = gallery.z0.clone()
+    z0[2, 0, 0, 0] = torch.nan
+    broken = gallery.write("broken", gallery.noisy, z0)
+    dense = broken if variant == "dense" else gallery.dense
+    judge = Judge(gallery.prompts, dense, gallery.settings)
+    with pytest.raises(UserError, match=r"broken/.*latents of prompts \[2\] are not finite"):
+        judge(gallery.pruned if variant == "dense" else broken)
+
+
+def test_a_metric_that_is_not_finite_is_named(gallery: Gallery) -> None:
+    """Latents that are all the same have no variance to be relative to."""
+    same = torch.zeros_like(gallery.z0)
+    dense = gallery.write("same", gallery.true, same)
+    with pytest.raises(UserError, match=r"pruned/.*latent_error against .*same/.* is inf"):
+        Judge(gallery.prompts, dense, gallery.settings)(gallery.pruned)
+
+
 def test_a_missing_real_image_is_named(gallery: Gallery) -> None:
     Path(gallery.prompts["image"][3]).unlink()
     with pytest.raises(UserError, match=r"real3\.png cannot be read"):
