@@ -128,10 +128,13 @@ class Calibration:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read what `save` wrote. Raises `UserError` when the file is missing or not one."""
+        """Read what `save` wrote. Raises `UserError` when the file is missing or not one, or a
+        latent is not finite."""
         tensors, info = _read(path)
         parts = {part: _popped(tensors, f"{part}.") for part in ("embeds", "means")}
-        return _built(cls, path, {**tensors, **info, **parts, "file": str(path)})
+        found = _built(cls, path, {**tensors, **info, **parts, "file": str(path)})
+        _refuse_not_finite(found.file, found.z0, found.seeds)
+        return found
 
 
 def calibrate(
@@ -154,9 +157,7 @@ def calibrate(
             z0 = denoise(pipe, embeds, noise, call)
             parts.append(({k: v.cpu() for k, v in embeds.items()}, noise.cpu(), z0.cpu()))
     z0 = torch.cat([part[2] for part in parts])
-    bad = [seeds[i] for i, row in enumerate(z0.flatten(1)) if not row.isfinite().all()]
-    if bad:
-        raise UserError(f"calibrate: latents of seeds {bad[:5]} are not finite{remedy(pipe)}")
+    _refuse_not_finite("calibrate", z0, seeds, remedy(pipe))
     return Calibration(
         prompts=list(prompts),
         seeds=[int(seed) for seed in seeds],
@@ -307,6 +308,13 @@ def watched(denoiser: nn.Module, names: Iterable[str], watch: Callable[..., Any]
 
 def _chunks(count: int, size: int) -> Iterator[range]:
     return (range(start, min(start + size, count)) for start in range(0, count, size))
+
+
+def _refuse_not_finite(file: str, z0: Tensor, seeds: Sequence[int], remedy: str = "") -> None:
+    finite = z0.flatten(1).isfinite().all(1).tolist()
+    bad = [seed for seed, fine in zip(seeds, finite, strict=True) if not fine]
+    if bad:
+        raise UserError(f"{file}: latents of seeds {bad[:5]} are not finite{remedy}")
 
 
 def _write(path: str | Path, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:

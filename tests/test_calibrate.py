@@ -190,6 +190,15 @@ def test_what_is_of_another_model_is_named_with_it(recorded, tmp_path):
             type(one).load(tmp_path / "record").check(other)
 
 
+def test_a_record_with_latents_that_are_not_finite_is_refused(recorded, tmp_path):
+    _, calibration = recorded
+    z0 = calibration.z0.clone()
+    z0[1].view(-1)[0] = torch.inf
+    replace(calibration, z0=z0).save(tmp_path / "record")
+    with pytest.raises(UserError, match=r"record: latents of seeds \[12\] are not finite"):
+        Calibration.load(tmp_path / "record")
+
+
 def test_a_record_of_an_older_version_is_refused(recorded):
     pipe, calibration = recorded
     with pytest.raises(UserError, match="calibration: was made by an older ecodiff"):

@@ -60,6 +60,6 @@ def test_latents_that_are_not_finite_are_no_error_of_a_mask():
     record = calibrate(pipe, PROMPTS, [0, 1, 2], CALLS["flux"], batch_size=3)
     mask = make_mask(pipe, "random", 0.1)[0]
     hook = pipe.transformer.proj_out.register_forward_hook(lambda *args: args[-1] * torch.nan)
-    with pytest.raises(UserError, match=r"mask at 0\.1: latents of prompts \[0, 1, 2\]"):
+    with pytest.raises(UserError, match=r"mask at 0\.1: errors of prompts \[0, 1, 2\]"):
         mask_error(pipe, record, {"a": mask}, [0.1], batch_size=2)
     hook.remove()

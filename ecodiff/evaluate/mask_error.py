@@ -39,7 +39,7 @@ def mask_error(
         that turn out as something else, so among good masks it is chance; the median is not.
 
     Raises:
-        UserError: record or mask are of another model, a sparsity cannot be reached, or latents are
+        UserError: record or mask are of another model, a sparsity cannot be reached, or an error is
             not finite.
     """
     record = record.for_dense(pipe)
@@ -56,13 +56,12 @@ def mask_error(
             gates.set(mask.at(pipe, sparsity).kept)
             with gates.attached(denoiser):
                 latents = record.drawn_by(pipe, batch_size)
-            finite = latents.flatten(1).isfinite().all(1)
-            if not finite.all():
-                odd = (~finite).nonzero().flatten().tolist()[:5]
+            errors = (latents.double() - dense).square().flatten(1).mean(1) / variance
+            if not errors.isfinite().all():
+                odd = (~errors.isfinite()).nonzero().flatten().tolist()[:5]
                 raise UserError(
-                    f"mask-error: {mask.file} at {sparsity}: latents of prompts {odd} are not"
+                    f"mask-error: {mask.file} at {sparsity}: errors of prompts {odd} are not"
                     f" finite{remedy(pipe)}"
                 )
-            errors = (latents.double() - dense).square().flatten(1).mean(1) / variance
             rows.append((name, sparsity, errors.mean().item(), errors.quantile(0.5).item()))
     return pd.DataFrame(rows, columns=[*COLUMNS])
