@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ecodiff.models.families import Call, runs_per_step
+from ecodiff.models.identity import same_denoiser
 from ecodiff.models.pipelines import (
     check_fingerprint,
     denoise,
@@ -108,7 +109,8 @@ class Calibration:
 
     def for_pruned(self, pipe: DiffusionPipeline) -> Self:
         """The same in the dtype of `pipe`; `UserError` unless that was pruned from its model."""
-        check_fingerprint(self.file, self.fingerprint, dense_fingerprint(pipe), pipe)
+        dense = dense_fingerprint(pipe)
+        check_fingerprint(self.file, self.fingerprint, dense, pipe, same_denoiser)
         return self._cast(pipe)
 
     def _cast(self, pipe: DiffusionPipeline) -> Self:

@@ -25,7 +25,7 @@ def write_shard(
 ) -> Path:
     """A shard; the seed of a prompt is its index, and `origin` changes what it was made of."""
     folder.mkdir(parents=True)
-    made = {"model": "m:", "dense": "m:", "call": {}, "seeds": index}
+    made = {"model": "m::", "dense": "m::", "call": {}, "seeds": index}
     made["prompts"] = prompts or [f"prompt {number}" for number in index]
     metadata = Origin(**{**made, **origin}).metadata()
     for number, image in zip(index, images, strict=True):

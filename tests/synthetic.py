@@ -140,7 +140,7 @@ def write_latents(
     """What the report reads of a shard's latents; `origin` changes what they were made of."""
     shard = folder / variant.name / "images" / str(index[0] // SHARD)
     shard.mkdir(parents=True, exist_ok=True)
-    made = {"model": f"{variant.name}:", "dense": "dense:", "call": {}, "seeds": [*index]}
+    made = {"model": f"{variant.name}::", "dense": "dense::", "call": {}, "seeds": [*index]}
     made["prompts"] = [scenes[i].caption for i in index]
     tensors = {"index": np.array(index)}
     save_file(tensors, shard / LATENTS, metadata=Origin(**{**made, **origin}).metadata())

@@ -132,7 +132,7 @@ def test_masks_in_folders_of_one_name_are_refused(tmp_path, capsys):
 
     paths = [tmp_path / side / "ecodiff-20/mask.safetensors" for side in "ab"]
     for path in paths:
-        Mask({}, {}, "m:").save(path)
+        Mask({}, {}, "m::").save(path)
     masks = [word for path in paths for word in ("--mask", path)]
     words = ("evaluate", "mask-error", "x", "y", tmp_path / "out", *masks, "--sparsity", 0.1)
     assert ecodiff(*words) == 2

@@ -262,7 +262,7 @@ def test_a_table_with_an_index_twice_is_refused(gallery: Gallery) -> None:
 
 
 def test_a_variant_of_another_dense_model_is_refused(gallery: Gallery) -> None:
-    other = gallery.write("other", gallery.noisy, gallery.z1, model="p:", dense="q:")
+    other = gallery.write("other", gallery.noisy, gallery.z1, model="p::", dense="q::")
     judge = Judge(gallery.prompts, gallery.dense, gallery.settings)
     with pytest.raises(UserError, match="pruned from another dense model"):
         judge(other)

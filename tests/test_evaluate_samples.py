@@ -68,7 +68,7 @@ def test_a_cut_keeps_the_aspect(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("odd", "why"),
     [
-        ({"model": "n:"}, "of different models"),
+        ({"model": "n::"}, "of different models"),
         ({"call": {"height": 64}}, "call's height was 64, the other one's None"),
     ],
 )
@@ -120,7 +120,8 @@ def test_pictures_belong_to_a_table_when_all_rows_agree(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("odd", "why"),
     [
-        ({"model": "p:", "dense": "other:"}, "pruned from another dense model"),
+        ({"model": "p::", "dense": "other::"}, "pruned from another dense model"),
+        ({"model": "p:euler:"}, "their scheduler was another one"),
         ({"call": {"steps": 2}}, "call's steps was 2, the other one's None"),
         ({"seeds": [0, 9]}, r"prompt 1 is \['prompt 1', 9\], but \['prompt 1', 1\] in"),
         ({"side": 9}, r"pictures are \(9, 9, 3\), those of .*dense are \(8, 8, 3\)"),
@@ -129,13 +130,13 @@ def test_pictures_belong_to_a_table_when_all_rows_agree(tmp_path: Path) -> None:
 )
 def test_a_variant_must_be_comparable_with_the_dense_model(tmp_path: Path, odd, why: str) -> None:
     dense = Samples([shard(tmp_path / "dense", [0, 1])])
-    fine = {"model": "p:", "dense": "m:"}
+    fine = {"model": "p::", "dense": "m::"}
     Samples([shard(tmp_path / "fine", [0, 1], **fine)]).check_dense(dense)
     with pytest.raises(UserError, match=rf"odd.*{why}"):
         Samples([shard(tmp_path / "odd", [0, 1], **{**fine, **odd})]).check_dense(dense)
 
 
 def test_pictures_of_a_pruned_model_are_not_the_dense_ones(tmp_path: Path) -> None:
-    pruned = Samples([shard(tmp_path / "a", [0], model="p:")])
+    pruned = Samples([shard(tmp_path / "a", [0], model="p::")])
     with pytest.raises(UserError, match="of a pruned model"):
         pruned.check_dense(pruned)

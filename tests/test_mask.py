@@ -74,6 +74,13 @@ def test_a_mask_serves_the_same_weights_in_another_dtype(pipe):
     assert isinstance(denoiser_of(half), Pruned)
 
 
+def test_a_mask_serves_another_scheduler(pipe):
+    mask, _ = make_mask(pipe, "random", 0.2)
+    other = tiny("flux")
+    other.scheduler.register_to_config(shift=2.0)
+    mask.check(other)
+
+
 def test_a_mask_of_an_older_version_is_refused(tmp_path):
     path = tmp_path / "mask.safetensors"
     save_file({"scores/a.heads": torch.zeros(2)}, path, metadata={"ecodiff": "{}"})

@@ -85,7 +85,7 @@ def test_a_closed_gate_lets_the_mean_through_and_an_open_one_the_value():
 def test_means_outlive_the_files(tmp_path):
     pipe, calibration = calibrated("flux")
     grams = gather_grams(pipe, discover(pipe), calibration, 2)
-    mask = Mask({}, {}, "model:", {}, calibration.means)
+    mask = Mask({}, {}, "model::", {}, calibration.means)
     for one in (calibration, grams, mask):
         one.save(tmp_path / "file")
         found = type(one).load(tmp_path / "file").means

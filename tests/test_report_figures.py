@@ -196,7 +196,7 @@ def test_pictures_that_an_earlier_shard_size_left_are_never_shown(tmp_path: Path
         ("dense", {"prompts": ["x"] * SHARD}, r"prompt 2 is \('x', 2\), but \('a.*', 2\) in"),
         ("ecodiff-10", {"seeds": [7] * SHARD}, r"prompt 2 is \('a.*', 7\)"),
         ("ecodiff-10", {"call": {"height": 8}}, "call's height was 8, the other one's None"),
-        ("ecodiff-10", {"dense": "other:"}, "pruned from another dense model"),
+        ("ecodiff-10", {"dense": "other::"}, "pruned from another dense model"),
     ],
 )
 def test_pictures_of_another_table_call_or_model_are_never_shown(
@@ -205,7 +205,7 @@ def test_pictures_of_another_table_call_or_model_are_never_shown(
     results = write_run(tmp_path, ("toy-flux",))
     variant = Variant.parse(name)
     if variant.is_dense:
-        odd = {"model": "dense:", **odd}
+        odd = {"model": "dense::", **odd}
     rng = np.random.default_rng(0)
     scenes = [world.sample_scene(rng, "held-out") for _ in range(SHARD)]
     write_latents(tmp_path / "toy-flux", variant, range(SHARD), scenes, **odd)

@@ -22,7 +22,7 @@ from ecodiff.config.sections import MaskSettings
 from ecodiff.mask.methods import Request, Scores, scored
 from ecodiff.mask.select import check_scores, limits_of, removed_share, select
 from ecodiff.mask.sensitivity import closed_means
-from ecodiff.models.identity import OLD
+from ecodiff.models.identity import OLD, same_denoiser
 from ecodiff.models.pipelines import check_fingerprint, fingerprint, name_of
 from ecodiff.models.pruned import Pruned
 from ecodiff.models.structures import count_parameters, denoiser_of, discover
@@ -55,7 +55,8 @@ class Mask:
 
     def check(self, pipe: DiffusionPipeline) -> None:
         """Raise `UserError` unless this is of the dense model `pipe`, with all its structures."""
-        check_fingerprint(self.file, self.fingerprint, fingerprint(pipe), pipe)
+        # Whatever the scheduler: it may be swapped between learning and pruning.
+        check_fingerprint(self.file, self.fingerprint, fingerprint(pipe), pipe, same_denoiser)
         structures = discover(pipe)
         check_scores(structures, self.scores)
         check_scores(structures, {name: value.float() for name, value in self.kept.items()})

@@ -6,7 +6,6 @@ Imports no torch.
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,38 +22,51 @@ OLD = "was made by an older ecodiff; run the stage that made it again"
 RELATIVE, ABSOLUTE = 2**-7, 2**-24
 
 
-def packed(make: str, weights: np.ndarray) -> str:
-    """A model's fingerprint: `make`, a digest of all but the weights, and some of these (bfloat16).
+def packed(denoiser: str, scheduler: str, weights: np.ndarray) -> str:
+    """A model's fingerprint: two digests, and some of the denoiser's weights as bfloat16.
 
     Args:
-        weights: float32 (k,), always the same ones of a model.
+        denoiser: a digest of all of it but the values of its weights.
+        scheduler: a digest of all of it.
+        weights: float32 (k,), always the same ones of a denoiser.
     """
     # Rounded to nearest: half of what is cut off is added first.
     upper = ((weights.astype("<f4").view("<u4").astype(np.uint64) + 0x8000) >> 16).astype("<u2")
-    return f"{make}:{base64.b64encode(upper.tobytes()).decode()}"
+    return f"{denoiser}:{scheduler}:{base64.b64encode(upper.tobytes()).decode()}"
 
 
 def same_model(one: str, other: str) -> bool:
-    """Whether two fingerprints are of the same model; in which dtype it was loaded doesn't count.
+    """Whether two fingerprints are of the same denoiser and scheduler, which draw the same."""
+    return same_denoiser(one, other) and same_scheduler(one, other)
+
+
+def same_denoiser(one: str, other: str) -> bool:
+    """Whether two fingerprints are of the same denoiser; in which dtype it was doesn't count.
 
     Weights that differ by rounding are the same. That lets no training pass: it moves weights that
     are nearly zero as far as others.
     """
-    if one == other:
-        return True
-    (make, weights), (other_make, others) = _unpacked(one), _unpacked(other)
+    (make, _, weights), (other_make, _, others) = _unpacked(one), _unpacked(other)
     if make != other_make or weights.shape != others.shape:
         return False
     return np.allclose(weights, others, rtol=RELATIVE, atol=ABSOLUTE, equal_nan=True)
 
 
-def _unpacked(fingerprint: str) -> tuple[str, np.ndarray]:
-    make, _, text = fingerprint.partition(":")
-    try:
-        upper = np.frombuffer(base64.b64decode(text, validate=True), "<u2")
-    except (binascii.Error, ValueError):
-        return fingerprint, np.empty(0, "<f4")  # none of ours, so no model's
-    return make, (upper.astype("<u4") << 16).view("<f4")
+def same_scheduler(one: str, other: str) -> bool:
+    """Whether two fingerprints are of models with the same scheduler."""
+    return _unpacked(one)[1] == _unpacked(other)[1]
+
+
+def is_fingerprint(text: str) -> bool:
+    """Whether a text was made by `packed`."""
+    return text.count(":") == 2
+
+
+def _unpacked(fingerprint: str) -> tuple[str, str, np.ndarray]:
+    """What `packed` was given."""
+    denoiser, scheduler, text = fingerprint.split(":")
+    upper = np.frombuffer(base64.b64decode(text), "<u2")
+    return denoiser, scheduler, (upper.astype("<u4") << 16).view("<f4")
 
 
 @dataclass(frozen=True)
@@ -87,8 +99,10 @@ class Origin:
         """Why pictures can't be compared with the dense model's, of what prompt whatever; or ""."""
         if dense.is_pruned:
             return "the dense model's are of a pruned model"
-        if self.is_pruned and not same_model(self.dense, dense.model):
+        if self.is_pruned and not same_denoiser(self.dense, dense.model):
             return "they are of a model that was pruned from another dense model"
+        if not same_scheduler(self.model, dense.model):
+            return "their scheduler was another one"
         return self.odd_call(dense)
 
     def odd_call(self, other: Origin) -> str:
@@ -117,6 +131,8 @@ def read_origin(shard: Path) -> tuple[list[int], Origin]:
         origin = Origin(**json.loads(found["ecodiff"]))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: {OLD}") from error
+    if not (is_fingerprint(origin.model) and is_fingerprint(origin.dense)):
+        raise UserError(f"{path}: {OLD}")
     if not len(index) == len(origin.prompts) == len(origin.seeds):
         raise UserError(f"{path}: has {len(index)} rows, but {len(origin.prompts)} prompts")
     return index, origin

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ecodiff.models import families
 from ecodiff.models.families import Call
-from ecodiff.models.identity import OLD, packed, same_model
+from ecodiff.models.identity import OLD, is_fingerprint, packed, same_denoiser, same_model
 from ecodiff.models.pruned import Pruned
 from ecodiff.models.structures import denoiser_of
 from ecodiff.runtime.errors import UserError
@@ -163,18 +163,22 @@ def fingerprint(pipe: DiffusionPipeline) -> str:
     The same weights in another dtype are the same model; any training or pruning makes another. A
     model of 12B takes seconds.
     """
-    denoiser, digest = denoiser_of(pipe), hashlib.sha256()
-    for part in (denoiser, pipe.scheduler):
-        config = {k: v for k, v in dict(part.config).items() if not k.startswith("_")}
-        digest.update(type(part).__name__.encode())
-        digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-    values = []
+    denoiser, values = denoiser_of(pipe), []
+    digest, scheduler = (_digest_of_config(part) for part in (denoiser, pipe.scheduler))
     for name, weight in denoiser.state_dict().items():
         flat = weight.detach().reshape(-1)
         spread = torch.linspace(0, max(flat.numel() - 1, 0), min(VALUES, flat.numel())).long()
         digest.update(f"{name}{tuple(weight.shape)}".encode())
         values.append(flat[spread.to(flat.device)].float().cpu())
-    return packed(digest.hexdigest()[:16], torch.cat(values).numpy())
+    digests = (one.hexdigest()[:16] for one in (digest, scheduler))
+    return packed(*digests, torch.cat(values).numpy())
+
+
+def _digest_of_config(part: Any) -> Any:
+    """A SHA-256 of a denoiser's or scheduler's class and config, to go on with."""
+    config = {k: v for k, v in dict(part.config).items() if not k.startswith("_")}
+    text = json.dumps(config, sort_keys=True, default=str)
+    return hashlib.sha256(f"{type(part).__name__}{text}".encode())
 
 
 def dense_fingerprint(pipe: DiffusionPipeline) -> str:
@@ -186,22 +190,29 @@ def dense_fingerprint(pipe: DiffusionPipeline) -> str:
     if not isinstance(denoiser, Pruned):
         return fingerprint(pipe)
     found = denoiser.config["pruned"].get("dense")
-    if found is None:
+    if not is_fingerprint(found or ""):
         raise UserError(f"{name_of(pipe)}: {OLD}")
     return found
 
 
-def check_fingerprint(file: str, recorded: str, wanted: str, pipe: DiffusionPipeline) -> None:
+def check_fingerprint(
+    file: str,
+    recorded: str,
+    wanted: str,
+    pipe: DiffusionPipeline,
+    same: Callable[[str, str], bool] = same_model,
+) -> None:
     """Raise `UserError` unless what a file was made of is the model that is wanted: that of `pipe`.
 
     Args:
         file: the file's name.
         recorded, wanted: fingerprints.
         pipe: for its name.
+        same: of `identity`; `same_denoiser` where it doesn't matter how the model is sampled.
     """
-    if ":" not in recorded:
+    if not is_fingerprint(recorded):
         raise UserError(f"{file}: {OLD}")
-    if not same_model(recorded, wanted):
+    if not same(recorded, wanted):
         raise UserError(
             f"{file}: was made of another model than {name_of(pipe)} (config, weights or scheduler"
             " differ); run the stage that made it again"
@@ -216,7 +227,9 @@ def check_dense(pipe: DiffusionPipeline, dense: DiffusionPipeline) -> None:
     if not isinstance(denoiser, type(other)):
         kinds = f"{type(denoiser).__name__} and {type(other).__name__}"
         raise UserError(f"{name_of(pipe)}: is of another family than {name_of(dense)} ({kinds})")
-    if isinstance(denoiser, Pruned) and not same_model(dense_fingerprint(pipe), fingerprint(dense)):
+    if isinstance(denoiser, Pruned) and not same_denoiser(
+        dense_fingerprint(pipe), fingerprint(dense)
+    ):
         raise UserError(f"{name_of(pipe)}: was pruned from another model than {name_of(dense)}")
 
 
