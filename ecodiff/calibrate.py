@@ -22,7 +22,16 @@ from torch import Tensor, nn
 
 from ecodiff.models.calls import check_call, log_cut_prompts, why_not_finite
 from ecodiff.models.families import Call, runs_per_step
-from ecodiff.models.pipelines import denoise, encode, fingerprint, starting_noise
+from ecodiff.models.identity import same_denoiser
+from ecodiff.models.pipelines import (
+    check_fingerprint,
+    denoise,
+    dense_fingerprint,
+    encode,
+    fingerprint,
+    latent_dtype,
+    starting_noise,
+)
 from ecodiff.models.structures import Structure, denoiser_of, discover, modulation_linears
 from ecodiff.runtime.artifacts import atomic
 from ecodiff.runtime.errors import UserError
@@ -43,6 +52,7 @@ class Calibration:
         means: what units give on average over prompts, steps, guidance branches and tokens, where
             a bias can give it in their place: a consumer -> the mean of its input, (in,); a
             modulation linear -> the mean of its output, (out,). float32.
+        file: what errors call it.
     """
 
     prompts: list[str]
@@ -53,6 +63,7 @@ class Calibration:
     call: Call
     fingerprint: str
     means: dict[str, Tensor] = field(default_factory=dict)
+    file: str = "calibration"
 
     def batch(
         self, indices: Sequence[int], device: torch.device | str = "cpu"
@@ -89,7 +100,26 @@ class Calibration:
 
     def check(self, pipe: DiffusionPipeline) -> None:
         """Raise `UserError` when this was recorded from another model than `pipe`."""
-        _check_fingerprint("calibration", self.fingerprint, pipe)
+        check_fingerprint(self.file, self.fingerprint, fingerprint(pipe), pipe)
+
+    def for_dense(self, pipe: DiffusionPipeline) -> Self:
+        """The same in the dtype of the dense model `pipe`, see `check`."""
+        self.check(pipe)
+        return self._cast(pipe)
+
+    def for_pruned(self, pipe: DiffusionPipeline) -> Self:
+        """The same in the dtype of `pipe`; `UserError` unless that was pruned from its model."""
+        dense = dense_fingerprint(pipe)
+        check_fingerprint(self.file, self.fingerprint, dense, pipe, same_denoiser)
+        return self._cast(pipe)
+
+    def _cast(self, pipe: DiffusionPipeline) -> Self:
+        dtype, latent = denoiser_of(pipe).dtype, latent_dtype(pipe)
+        embeds = {
+            key: value.to(dtype) if value.is_floating_point() else value
+            for key, value in self.embeds.items()
+        }
+        return replace(self, embeds=embeds, noise=self.noise.to(latent), z0=self.z0.to(latent))
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, whole or not at all."""
@@ -100,10 +130,13 @@ class Calibration:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read what `save` wrote. Raises `UserError` when the file is missing or not one."""
+        """Read what `save` wrote. Raises `UserError` when the file is missing or not one, or a
+        latent is not finite."""
         tensors, info = _read(path)
         parts = {part: _popped(tensors, f"{part}.") for part in ("embeds", "means")}
-        return _built(cls, path, {**tensors, **info, **parts})
+        found = _built(cls, path, {**tensors, **info, **parts, "file": str(path)})
+        _refuse_not_finite(found.file, found.z0, found.seeds)
+        return found
 
 
 def calibrate(
@@ -125,10 +158,7 @@ def calibrate(
             z0 = denoise(pipe, embeds, noise, call)
             parts.append(({k: v.cpu() for k, v in embeds.items()}, noise.cpu(), z0.cpu()))
     z0 = torch.cat([part[2] for part in parts])
-    bad = [seeds[i] for i, row in enumerate(z0.flatten(1)) if not row.isfinite().all()]
-    if bad:
-        why = why_not_finite(pipe)
-        raise UserError(f"calibrate: latents of seeds {bad[:5]} are not finite; {why}")
+    _refuse_not_finite("calibrate", z0, seeds, pipe)
     return Calibration(
         prompts=prompts,
         seeds=seeds,
@@ -192,33 +222,38 @@ class Grams:
         gram: X^T X, (in, in), over all tokens, prompts, guidance branches and denoising steps.
         total: the sum of X over the same, (in,).
         count: how many rows X has; steps may be weighted.
-        fingerprint: of the dense model.
-        means: of the calibration that they were gathered on.
+        fingerprint, call, prompts, seeds, means: of the calibration that they were gathered on.
+        file: what errors call them.
     """
 
     gram: dict[str, Tensor]
     total: dict[str, Tensor]
     count: dict[str, float]
     fingerprint: str
+    call: Call = field(default_factory=dict)
+    prompts: list[str] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)
     means: dict[str, Tensor] = field(default_factory=dict)
+    file: str = "grams"
 
     def check(self, pipe: DiffusionPipeline) -> None:
         """Raise `UserError` when these were gathered from another model than `pipe`."""
-        _check_fingerprint("grams", self.fingerprint, pipe)
+        check_fingerprint(self.file, self.fingerprint, fingerprint(pipe), pipe)
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, whole or not at all."""
         tensors = {f"gram.{name}": value for name, value in self.gram.items()}
         tensors |= {f"total.{name}": value for name, value in self.total.items()}
         tensors |= {f"means.{name}": value for name, value in self.means.items()}
-        _write(path, tensors, {"count": self.count, "fingerprint": self.fingerprint})
+        keys = ("count", "fingerprint", "call", "prompts", "seeds")
+        _write(path, tensors, {key: getattr(self, key) for key in keys})
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Read what `save` wrote. Raises `UserError` when the file is missing or not one."""
         tensors, info = _read(path)
         parts = {part: _popped(tensors, f"{part}.") for part in ("gram", "total", "means")}
-        return _built(cls, path, {**tensors, **parts, **info})
+        return _built(cls, path, {**tensors, **parts, **info, "file": str(path)})
 
 
 def gather_grams(
@@ -234,7 +269,7 @@ def gather_grams(
     `weight` says how much a step counts: (which one, of how many) -> its factor. Raises `UserError`
     when the calibration is of another model, or activations are not finite.
     """
-    calibration.check(pipe)
+    calibration = calibration.for_dense(pipe)
     denoiser = denoiser_of(pipe)
     names = dict.fromkeys(port.module for s in structures for port in s.consumers)
     sizes = {name: denoiser.get_submodule(name).weight.shape[1] for name in names}
@@ -245,6 +280,9 @@ def gather_grams(
         total={name: torch.zeros(size, **kind) for name, size in sizes.items()},
         count=dict.fromkeys(names, 0),
         fingerprint=calibration.fingerprint,
+        call=calibration.call,
+        prompts=calibration.prompts,
+        seeds=calibration.seeds,
         means=calibration.means,
     )
 
@@ -289,12 +327,14 @@ def _chunks(count: int, size: int) -> Iterator[range]:
     return (range(start, min(start + size, count)) for start in range(0, count, size))
 
 
-def _check_fingerprint(what: str, recorded: str, pipe: DiffusionPipeline) -> None:
-    if recorded != fingerprint(pipe):
-        raise UserError(
-            f"{what}: was recorded from another model than the one given (weights, scheduler or"
-            " dtype differ); run the calibrate stage again"
-        )
+def _refuse_not_finite(
+    file: str, z0: Tensor, seeds: Sequence[int], pipe: DiffusionPipeline | None = None
+) -> None:
+    finite = z0.flatten(1).isfinite().all(1).tolist()
+    bad = [seed for seed, fine in zip(seeds, finite, strict=True) if not fine]
+    if bad:
+        why = "" if pipe is None else f"; {why_not_finite(pipe)}"
+        raise UserError(f"{file}: latents of seeds {bad[:5]} are not finite{why}")
 
 
 def _write(path: str | Path, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:

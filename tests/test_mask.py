@@ -5,13 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny import CALLS, tiny
 
 from ecodiff.calibrate import calibrate
 from ecodiff.config.methods import METHODS, Method
 from ecodiff.config.sections import MaskSettings
 from ecodiff.mask import Mask, learn_mask, make_mask, methods, score
-from ecodiff.models.structures import count_parameters, discover
+from ecodiff.models.pruned import Pruned
+from ecodiff.models.structures import count_parameters, denoiser_of, discover
 from ecodiff.prune.cut import prune
 from ecodiff.runtime.errors import UserError
 
@@ -48,13 +50,58 @@ def test_a_saved_mask_comes_back_whole(pipe, tmp_path):
         assert torch.equal(loaded.scores[name], value)
         assert torch.equal(loaded.kept[name], mask.kept[name])
         assert loaded.kept[name].dtype == torch.bool
-    loaded.check(discover(pipe))
+    loaded.check(pipe)
 
 
 def test_a_mask_of_another_model_is_refused(pipe):
     mask, _ = make_mask(pipe, "random", 0.2)
     with pytest.raises(UserError, match="another model"):
-        mask.check(discover(tiny("sdxl")))
+        mask.check(tiny("sdxl"))
+
+
+def test_a_mask_of_another_model_of_the_same_shapes_is_refused(pipe, tmp_path):
+    made, _ = make_mask(tiny("flux", seed=1), "random", 0.2)
+    made.save(tmp_path / "mask.safetensors")
+    mask = Mask.load(tmp_path / "mask.safetensors")
+    for use in (mask.check, lambda pipe: mask.at(pipe, 0.1), lambda pipe: prune(pipe, mask)):
+        with pytest.raises(UserError, match=r"mask\.safetensors: .* another model"):
+            use(pipe)
+
+
+def test_a_mask_serves_the_same_weights_in_another_dtype(pipe):
+    mask, _ = make_mask(pipe, "random", 0.2)
+    half = tiny("flux").to(torch.bfloat16)
+    prune(half, mask)
+    assert isinstance(denoiser_of(half), Pruned)
+
+
+def test_a_mask_serves_another_scheduler(pipe):
+    mask, _ = make_mask(pipe, "random", 0.2)
+    other = tiny("flux")
+    other.scheduler.register_to_config(shift=2.0)
+    mask.check(other)
+
+
+def test_a_mask_of_an_older_version_is_refused(tmp_path):
+    path = tmp_path / "mask.safetensors"
+    save_file({"scores/a.heads": torch.zeros(2)}, path, metadata={"ecodiff": "{}"})
+    with pytest.raises(UserError, match=r"mask\.safetensors: was made by an older ecodiff"):
+        Mask.load(path)
+
+
+def test_masks_are_of_dense_models():
+    pruned = tiny("flux")
+    prune(pruned, make_mask(pruned, "random", 0.2)[0])
+    for make in (lambda: make_mask(pruned, "random", 0.1), lambda: score(pruned, "magnitude")):
+        with pytest.raises(UserError, match="is pruned already"):
+            make()
+
+
+@pytest.mark.parametrize("method", ["magnitude", "ecodiff"])
+def test_a_calibration_of_another_model_is_refused(pipe, method):
+    other = calibrate(tiny("flux", seed=1), ["a ring", "a box"], [0, 1], CALLS["flux"], 2)
+    with pytest.raises(UserError, match="calibration: was made of another model"):
+        make_mask(pipe, method, 0.1, calibration=other, settings=QUICK)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"a pickle, perhaps"])
@@ -133,7 +180,8 @@ def untouched(pipe, monkeypatch):
 
 
 def test_a_text_is_one_prompt(pipe):
-    mask = learn_mask(pipe, "a red ring", 0.1, call=CALLS["flux"], settings=QUICK)
+    alone = QUICK.model_copy(update={"batch": 1})
+    mask = learn_mask(pipe, "a red ring", 0.1, call=CALLS["flux"], settings=alone)
     assert mask.info["seeds"] == [0]
 
 
@@ -193,5 +241,5 @@ def test_a_path_is_no_mask_but_says_how_to_read_one(pipe, mask):
 
 def test_a_mask_of_another_family_does_not_prune(pipe):
     mask, _ = make_mask(tiny("sdxl"), "random", 0.1)
-    with pytest.raises(UserError, match="is not a structure of this model"):
+    with pytest.raises(UserError, match="was made of another model"):
         prune(pipe, mask)

@@ -117,6 +117,20 @@ def job(stage: str, out: Path, **details: Any) -> Iterator[dict[str, Any]]:
     write_manifest(out, stage, details)
 
 
-def named(pairs: list[str]) -> dict[str, str]:
-    """The values of repeated options of the form name=value."""
-    return dict(pair.partition("=")[::2] for pair in pairs)
+def variants(pairs: list[str]) -> dict[str, str]:
+    """The values of `--variant name=value`, the dense one's first.
+
+    Raises:
+        UserError: one has another form, two have one name, or the first is not the dense one.
+    """
+    found: dict[str, str] = {}
+    for pair in pairs:
+        name, _, value = pair.partition("=")
+        if not name or not value:
+            raise UserError(f"--variant: {pair!r} is not name=value")
+        if name in found:
+            raise UserError(f"--variant: {name} is given twice: {found[name]} and {value}")
+        found[name] = value
+    if next(iter(found), None) != "dense":
+        raise UserError("--variant: the first one must be dense=..., which others are compared to")
+    return found

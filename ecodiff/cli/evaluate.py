@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,9 +21,13 @@ from ecodiff.cli.common import (
     Table,
     Text,
     job,
-    named,
+    variants,
 )
 from ecodiff.config.sections import EfficiencySettings, EvaluateSettings, MaskCostSettings
+from ecodiff.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 app = typer.Typer(help=__doc__, no_args_is_help=True)
 
@@ -49,14 +53,15 @@ def quality(
     from ecodiff.runtime.devices import choose_device
 
     chosen = Source(config).read(EvaluateSettings, settings, "evaluate")
-    shards = {name: [*map(Path, paths.split(","))] for name, paths in named(variant).items()}
+    shards = {name: [*map(Path, paths.split(","))] for name, paths in variants(variant).items()}
     with job("evaluate.quality", out, variants=variant, **chosen.model_dump()):
         samples = {name: Samples(paths) for name, paths in shards.items()}
-        dense = next(iter(samples.values()))
+        for pictures in samples.values():  # before the first is judged
+            pictures.check_dense(samples["dense"])
         rows = read_prompts(table)
         for other in learned or ():
             say_shared(rows, read_prompts(other), other)
-        judge = Judge(rows, dense, chosen, choose_device(device))
+        judge = Judge(rows, samples["dense"], chosen, choose_device(device), str(table))
         write_json(out, {name: judge(pictures) for name, pictures in samples.items()})
 
 
@@ -73,19 +78,22 @@ def efficiency(
 ) -> None:
     """Measure parameters, work, speed and memory of several variants in one run."""
     from ecodiff.evaluate.efficiency import efficiency as measure
+    from ecodiff.models.pipelines import check_dense
     from ecodiff.models.structures import denoiser_of
-    from ecodiff.prompts import read_prompts
     from ecodiff.runtime.artifacts import write_json
 
     source = Source(config, of)
     chosen = source.read(EfficiencySettings, settings, "evaluate", "efficiency")
-    arguments, rows = source.call(call), read_prompts(table).iloc[: chosen.batch_size]
-    (name, model), *others = named(variant).items()
+    arguments = source.call(call)
+    rows = _first(table, chosen.batch_size, "evaluate.efficiency.batch_size")
+    (name, model), *others = variants(variant).items()
     with job("evaluate.efficiency", out, variants=variant, **chosen.model_dump()):
         pipe = source.load(model, load)
         denoisers = {name: denoiser_of(pipe)}
         for other, path in others:
-            denoisers[other] = denoiser_of(source.load(path, load, device="cpu"))
+            pruned = source.load(path, load, device="cpu")
+            check_dense(pruned, pipe)
+            denoisers[other] = denoiser_of(pruned)
         found = measure(pipe, denoisers, [*rows["prompt"]], [*rows["seed"]], arguments, chosen)
         write_json(out, found)
 
@@ -104,12 +112,11 @@ def mask_cost(
     """Measure time and memory of a learning iteration against the number of steps."""
     from ecodiff.evaluate.mask_cost import mask_cost as measure
     from ecodiff.models.pipelines import encode, starting_noise
-    from ecodiff.prompts import read_prompts
     from ecodiff.runtime.artifacts import atomic
 
     source = Source(config, of)
     chosen = source.read(MaskCostSettings, settings, "evaluate", "mask_cost")
-    arguments, rows = source.call(call), read_prompts(table).iloc[: chosen.batch]
+    arguments, rows = source.call(call), _first(table, chosen.batch, "evaluate.mask_cost.batch")
     with job("evaluate.mask_cost", out, model=model, **chosen.model_dump()):
         pipe = source.load(model, load)
         embeds = encode(pipe, [*rows["prompt"]], arguments)
@@ -137,10 +144,25 @@ def mask_error(
     from ecodiff.mask import Mask
     from ecodiff.runtime.artifacts import atomic
 
-    masks = {path.parent.name: Mask.load(path) for path in mask}
+    masks: dict[str, Mask] = {}
+    for path in mask:
+        name = path.absolute().parent.name
+        if name in masks:
+            raise UserError(f"--mask: {path} and {masks[name].file} are both called {name}")
+        masks[name] = Mask.load(path)
     calibration = Calibration.load(record)
     with job("evaluate.mask_error", out, model=model, record=str(record)):
         pipe = Source(config, of).load(model, load, encoders=False)
         found = measure(pipe, calibration, masks, sparsity, batch_size)
         with atomic(out) as file:
             found.to_csv(file, index=False)
+
+
+def _first(table: Path, count: int, key: str) -> pd.DataFrame:
+    """The first prompts of a table; `UserError` when it has fewer than the key asks for."""
+    from ecodiff.prompts import read_prompts
+
+    rows = read_prompts(table)
+    if len(rows) < count:
+        raise UserError(f"{key}: {count}, but {table} has {len(rows)} prompts")
+    return rows.iloc[:count]

@@ -175,7 +175,6 @@ def retrain(
     """Retrain a pruned model on what the dense model generated."""
     from ecodiff.calibrate import Calibration
     from ecodiff.models.saving import save
-    from ecodiff.models.structures import denoiser_of
     from ecodiff.retrain.train import retrain as train
 
     source = Source(config, of)
@@ -184,7 +183,7 @@ def retrain(
     with job("retrain", out, model=model, data=str(record), **chosen.model_dump()):
         pipe, teacher = source.load(model, load), None
         if dense and chosen.distillation:
-            teacher = denoiser_of(source.load(dense, load, encoders=False))
+            teacher = source.load(dense, load, encoders=False)
         curve = train(pipe, data, chosen, teacher)
         save(pipe, out)
         curve.to_csv(out / "history.csv", index=False)

@@ -23,8 +23,10 @@ from ecodiff.config.sections import MaskSettings
 from ecodiff.mask.methods import Request, Scores, scored
 from ecodiff.mask.select import check_scores, limits_of, removed_share, select
 from ecodiff.mask.sensitivity import closed_means
+from ecodiff.models.identity import OLD, same_denoiser
+from ecodiff.models.pipelines import check_fingerprint, fingerprint, name_of
 from ecodiff.models.pruned import Pruned
-from ecodiff.models.structures import Structure, count_parameters, denoiser_of, discover
+from ecodiff.models.structures import count_parameters, denoiser_of, discover
 from ecodiff.runtime.artifacts import atomic
 from ecodiff.runtime.errors import UserError
 
@@ -38,18 +40,26 @@ class Mask:
     Attributes:
         scores: structure name -> fp32 (units,), higher is more important.
         kept: structure name -> bool (units,), true for units that stay.
-        info: model, method, target and exact sparsity, settings; values must be JSON.
+        fingerprint: of the dense model, see `pipelines.fingerprint`.
+        info: model, method, target and exact sparsity, settings, and of methods that look at a
+            calibration its call, prompts and seeds; values must be JSON.
         means: module name -> mean activation that a bias supplies once units are removed, see
             `Calibration.means`. Empty: removed units contribute 0.
+        file: what errors call it.
     """
 
     scores: dict[str, Tensor]
     kept: dict[str, Tensor]
+    fingerprint: str
     info: dict[str, Any] = field(default_factory=dict)
     means: dict[str, Tensor] = field(default_factory=dict)
+    file: str = "mask"
 
-    def check(self, structures: Sequence[Structure]) -> None:
-        """Raise `UserError` unless names and sizes are those of a model's structures."""
+    def check(self, pipe: DiffusionPipeline) -> None:
+        """Raise `UserError` unless this is of the dense model `pipe`, with all its structures."""
+        # Whatever the scheduler: it may be swapped between learning and pruning.
+        check_fingerprint(self.file, self.fingerprint, fingerprint(pipe), pipe, same_denoiser)
+        structures = discover(pipe)
         check_scores(structures, self.scores)
         check_scores(structures, {name: value.float() for name, value in self.kept.items()})
 
@@ -57,12 +67,12 @@ class Mask:
         """The mask for another sparsity: the same scores ranked again, with the same settings.
 
         Scores that were learned for one sparsity are usable at others but were not optimised for
-        them. Raises `UserError` when the sparsity is not possible.
+        them. Raises what `check` and `select` do.
         """
+        self.check(pipe)
         settings = MaskSettings.model_validate(self.info["settings"])
-        return replace(
-            _selected(pipe, self.scores, sparsity, settings, self.info), means=self.means
-        )
+        found = _selected(pipe, self.scores, sparsity, settings, self.info)
+        return replace(self, kept=found.kept, info=found.info)
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file atomically."""
@@ -70,21 +80,26 @@ class Mask:
         tensors |= {f"kept/{name}": value.contiguous() for name, value in self.kept.items()}
         tensors |= {f"means/{name}": value.contiguous() for name, value in self.means.items()}
         with atomic(path) as scratch:
-            save_file(tensors, scratch, metadata={"ecodiff": json.dumps(self.info, default=str)})
+            info = json.dumps(self.info, default=str)
+            metadata = {"ecodiff": info, "fingerprint": self.fingerprint}
+            save_file(tensors, scratch, metadata=metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read what `save` wrote. Raises `UserError` when the file is missing or no mask."""
+        """Read what `save` wrote. Raises `UserError` when the file is missing, old or not one."""
         parts: dict[str, dict[str, Tensor]] = {"scores": {}, "kept": {}, "means": {}}
         try:
             with safe_open(path, framework="pt") as file:
-                info = json.loads(file.metadata()["ecodiff"])
+                metadata = file.metadata()
+                info = json.loads(metadata["ecodiff"])
                 for key in file.keys():  # noqa: SIM118
                     part, _, name = key.partition("/")
                     parts[part][name] = file.get_tensor(key)
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: missing, truncated or not a mask of ecodiff") from error
-        return cls(**parts, info=info)
+        if "fingerprint" not in metadata:
+            raise UserError(f"{path}: {OLD}")
+        return cls(**parts, info=info, fingerprint=metadata["fingerprint"], file=str(path))
 
 
 def score(
@@ -148,6 +163,8 @@ def make_mask(
     settings = read_settings(MaskSettings, settings)
     denoiser = denoiser_of(pipe)
     _check_target(pipe, sparsity, settings)
+    if calibration is not None:
+        calibration.check(pipe)
     request = Request(settings.seed, settings, calibration, sparsity, scratch)
     found, history = scored(pipe, method, request)
     info = {
@@ -157,7 +174,7 @@ def make_mask(
         "settings": settings.model_dump(),
     }
     if calibration is not None:
-        info |= {"seeds": calibration.seeds, "fingerprint": calibration.fingerprint}
+        info |= {key: getattr(calibration, key) for key in ("call", "prompts", "seeds")}
     mask = _selected(pipe, found, sparsity, settings, info)
     if METHODS[method].closes_on_means and calibration is not None:
         mask.means = dict(closed_means(settings, calibration))
@@ -188,8 +205,9 @@ def learn_mask(
         UserError: what `calibrate`, `score` and `select` raise, all before anything is computed
             but for values that are not finite.
     """
-    settings = read_settings(MaskSettings, settings)
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    few = {} if settings else {"batch": max(1, min(MaskSettings().batch, len(prompts)))}
+    settings = read_settings(MaskSettings, settings or few)
     seeds = list(range(len(prompts))) if seeds is None else list(seeds)
     _check_target(pipe, sparsity, settings)
     calibration = calibrate(pipe, prompts, seeds, dict(call or {}), settings.batch)
@@ -220,4 +238,10 @@ def _selected(
     structures, total = discover(denoiser), count_parameters(denoiser)
     kept = select(structures, found, sparsity, total, **limits_of(settings))
     exact = removed_share(structures, kept, total)
-    return Mask(found, kept, {**info, "target": sparsity, "sparsity": exact, "parameters": total})
+    info = {**info, "target": sparsity, "sparsity": exact, "parameters": total}
+    return Mask(found, kept, fingerprint(pipe), info)
+
+
+def _refuse_pruned(pipe: DiffusionPipeline) -> None:
+    if isinstance(denoiser_of(pipe), Pruned):
+        raise UserError(f"mask: {name_of(pipe)} is pruned already; masks are of dense models")

@@ -79,7 +79,7 @@ def learn_mask(
             is in `scratch`.
         Stopped: SIGTERM arrived; the state is in `scratch`.
     """
-    calibration.check(pipe)
+    calibration = calibration.for_dense(pipe)
     with _memory_explained(settings):
         learner = Learner(pipe, calibration, settings, sparsity)
     identity = {

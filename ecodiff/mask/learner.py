@@ -64,6 +64,12 @@ class Learner:
         self.calibration = calibration.first(settings.prompts)
         self.denoiser, self.sparsity = denoiser_of(pipe), sparsity
         self.workers = Workers(self.denoiser.device)
+        together, count = settings.batch * self.workers.count, len(self.calibration.prompts)
+        if together > count:
+            raise UserError(
+                f"mask.batch: {together} prompts pass together, but there are {count}, which would"
+                f" repeat; at most {count // self.workers.count} a process"
+            )
         structures = discover(self.denoiser)
         self.total = count_parameters(self.denoiser)
         first = 0.0 if settings.first_logit == "sensitivity" else settings.first_logit

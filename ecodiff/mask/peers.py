@@ -129,7 +129,7 @@ def taylor(
         UserError: the calibration is of another model, or the scheduler's training loss is not
             known.
     """
-    calibration.check(pipe)
+    calibration = calibration.for_dense(pipe)
     denoiser, structures = denoiser_of(pipe), discover(pipe)
     modules = dict.fromkeys(p.module for s in structures for p in (*s.producers, *s.consumers))
     weights = {name: denoiser.get_submodule(name).weight for name in modules}
@@ -185,7 +185,7 @@ def depth(pipe: DiffusionPipeline, calibration: Calibration, batch: int) -> dict
     Raises:
         UserError: the calibration is of another model.
     """
-    calibration.check(pipe)
+    calibration = calibration.for_dense(pipe)
     denoiser, structures = denoiser_of(pipe), discover(pipe)
     blocks = {s.name: _block(s.name) for s in structures}
     changes: dict[str, list[float]] = {name: [] for name in blocks.values() if name}

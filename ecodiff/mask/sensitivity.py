@@ -64,7 +64,7 @@ def sensitivity(
     Raises:
         UserError: the calibration is of another model, or a gradient is not finite.
     """
-    calibration.check(pipe)
+    calibration = calibration.for_dense(pipe)
     denoiser = denoiser_of(pipe)
     workers = Workers(denoiser.device)
     gates = Gates(discover(denoiser), means=means).to(denoiser.device)

@@ -7,6 +7,7 @@ The entry `pruned` of its config holds their sizes:
     shapes     layer name -> shape of its weight
     scattered  names of modulation linears, whose removed output channels give only their bias
     heads      attention name -> number of heads left
+    dense      the fingerprint of the dense model, see `pipelines.fingerprint`
 """
 
 from __future__ import annotations

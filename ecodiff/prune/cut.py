@@ -13,6 +13,7 @@ from torch import Tensor
 from ecodiff.calibrate import Calibration, Grams
 from ecodiff.config.reading import read_settings
 from ecodiff.config.sections import PruneSettings
+from ecodiff.models.pipelines import fingerprint
 from ecodiff.models.pruned import Pruned, pruned_class
 from ecodiff.models.structures import Structure, denoiser_of, discover
 from ecodiff.prune.compensate import compensate
@@ -48,17 +49,19 @@ def prune(
         settings: ridge, groups and batch size of the compensation.
 
     Raises:
-        UserError: the denoiser is pruned already, mask or grams don't fit its structures, or
-            grams or calibration are of another model.
+        UserError: the denoiser is pruned already, mask or data are of another model, or a mapping
+            doesn't fit its structures.
     """
     denoiser = denoiser_of(pipe)
     if isinstance(denoiser, Pruned):
         raise UserError("the denoiser is pruned already; prune the dense model with a larger mask")
-    structures = discover(denoiser)
     kept = getattr(mask, "kept", mask)
     if not isinstance(kept, Mapping):
         hint = "; ecodiff.Mask.load reads a file" if isinstance(mask, str | Path) else ""
         raise UserError(f"mask: {mask!r} is not a mask{hint}")
+    if not isinstance(mask, Mapping):
+        mask.check(pipe)
+    structures, dense = discover(denoiser), fingerprint(pipe)
     kept = _kept_units(structures, kept)
     settings = read_settings(PruneSettings, settings)
     if isinstance(data, Calibration):
@@ -80,7 +83,7 @@ def prune(
     leave_means(denoiser, structures, kept, means)
     record = narrow(denoiser, structures, kept)
     denoiser.__class__ = pruned_class(type(denoiser))
-    denoiser.register_to_config(pruned=record)
+    denoiser.register_to_config(pruned={**record, "dense": dense})
     # The pipeline's config names the dense class; setting the component records the new one.
     name = next(n for n, component in pipe.components.items() if component is denoiser)
     setattr(pipe, name, denoiser)

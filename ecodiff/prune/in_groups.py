@@ -57,7 +57,7 @@ def compensate_in_groups(
     Raises:
         UserError: the calibration is of another model.
     """
-    calibration.check(pipe)
+    calibration = calibration.for_dense(pipe)
     denoiser = denoiser_of(pipe)
     batches = calibration.batches(batch_size, denoiser.device)
     steps = [s for e, noise, _ in batches for s in dense_steps(pipe, e, noise, calibration.call)]

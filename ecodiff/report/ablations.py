@@ -48,12 +48,13 @@ def ablation_table(config: Config, run: Path) -> pd.DataFrame:
     rows = []
     for model in config.models:
         folder = run / model / "ablations"
-        errors = read_csv(folder / "mask_error.csv").set_index(["mask", "sparsity"])
+        errors = read_csv(folder / "mask_error.csv", ["mask", "sparsity", *ERRORS])
+        errors = errors.set_index(["mask", "sparsity"])
         points = config.ablations_of(model)
         default = _gone(folder, points[0])
         for point in points:
             shared = common(_gone(folder, point), default)
-            seconds = read_csv(folder / point.name / "history.csv")["seconds"].sum()
+            seconds = read_csv(folder / point.name / "history.csv", ["seconds"])["seconds"].sum()
             value = "" if point.setting == DEFAULT else str(point.value)
             for sparsity, found in errors.loc[point.name].iterrows():
                 both = [found[key] for key in ERRORS]

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from ecodiff.config.variants import Variant
 from ecodiff.report.results import Results
-from ecodiff.report.style import REMOVED, look, method
+from ecodiff.report.style import OBJECTS, REMOVED, look, method
 
 SHOWN = "ecodiff"  # the method whose masks are shown by part
 # Pattern for the end of a structure's name -> the part of the model; the first match counts.
@@ -29,7 +29,6 @@ PARTS = {
     r"neurons": "feed-forward",
     r"modulation": "modulation",
 }
-OBJECTS = {"scene_accuracy_one": "one object", "scene_accuracy_two": "two objects"}
 
 
 def analysis(results: Results, model: str) -> Figure:

@@ -19,7 +19,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from ecodiff.config.variants import Variant
 from ecodiff.report import analysis, pictures
-from ecodiff.report.results import Results
+from ecodiff.report.results import QUARTILES, Results
 from ecodiff.report.style import COST, QUALITY, REMOVED, colour, label, look, method
 from ecodiff.runtime.artifacts import atomic
 from ecodiff.runtime.errors import UserError
@@ -38,7 +38,6 @@ plt.rcParams.update(
         "pdf.fonttype": 42,  # TrueType: text can be selected and edited
     }
 )
-_QUARTILES = ("low", "high")
 WIDE = 50  # ratio of the largest to the smallest value above which an axis is logarithmic
 FITTING = 12  # number of legend entries that fit into the place of a panel
 # Metrics that compare with the dense model, whose own value is trivial: no line is drawn for it.
@@ -102,9 +101,7 @@ def cost(results: Results, model: str) -> Figure:
         axis.barh([label(v) for v in variants], values, color=[colour(v) for v in variants])
         ends = values
         if quantity.key == "latency_ms_per_image":
-            low, ends = (
-                [measured[v.name][f"latency_ms_{k}"] for v in variants] for k in _QUARTILES
-            )
+            low, ends = ([measured[v.name][key] for v in variants] for key in QUARTILES)
             axis.hlines(range(len(variants)), low, ends, color="#666666")
         texts = [quantity.show(dense[quantity.key])]
         for variant in variants[1:]:

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from ecodiff.config.variants import Variant
 from ecodiff.report.results import Results
 from ecodiff.report.style import colour, label, method
+from ecodiff.runtime.errors import UserError
 
 KINDS = {
     "heads": "Attention heads",
@@ -27,6 +28,14 @@ def pictures(results: Results, model: str) -> Figure:
     """The images of the first prompts: one row per prompt, one column per variant."""
     variants, chosen = results.shown(model), results.captions().iloc[: results.examples]
     cells = [[results.picture(model, v, index) for v in variants] for index in chosen.index]
+    odd = [
+        f"prompt {index}, {variant.name}: {picture.shape}"
+        for index, line in zip(chosen.index, cells, strict=True)
+        for variant, picture in zip(variants, line, strict=True)
+        if picture.shape != cells[0][0].shape
+    ]
+    if odd:
+        raise UserError(f"report: pictures of {model} differ in size: {odd[0]}")
     height, width = (side + GAP for side in cells[0][0].shape[:2])
     mosaic = np.full((height * len(chosen), width * len(variants), 3), 255, dtype=np.uint8)
     for row, pictures_of_prompt in enumerate(cells):
@@ -40,7 +49,9 @@ def pictures(results: Results, model: str) -> Figure:
     axis.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
     columns, rows = (np.arange(len(of)) for of in (variants, chosen))
     captions = ["\n".join(textwrap.wrap(caption, 28)[:4]) for caption in chosen]
-    axis.set_yticks((rows + 0.5) * height - GAP / 2, captions, fontsize=8.5)
+    # A dollar sign in a caption begins no formula.
+    places = (rows + 0.5) * height - GAP / 2
+    axis.set_yticks(places, captions, fontsize=8.5, parse_math=False)
     axis.set_xticks((columns + 0.5) * width - GAP / 2, map(_header, variants), fontsize=8.5)
     for text, variant in zip(axis.get_xticklabels(), variants, strict=True):
         text.set(color=colour(variant), fontweight="bold")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,14 @@ import pandas as pd
 from safetensors import SafetensorError, safe_open
 
 from ecodiff.config.variants import Variant
+from ecodiff.models.identity import read_origin
 from ecodiff.prompts import read_prompts
+from ecodiff.report.style import COST, OBJECTS, QUALITY
 from ecodiff.runtime.errors import UserError
 from ecodiff.runtime.pictures import read_picture
 from ecodiff.runtime.reading import read_text
 
+QUARTILES = ("latency_ms_low", "latency_ms_high")
 SIDE = 256  # pixels; images are made smaller than this, which is enough for the grid of images
 
 
@@ -28,14 +33,16 @@ class Results:
     Attributes:
         folder: `results/<run>`.
         variants: model -> names of its variants, in the order in which they are shown.
-        prompts: parquet file of the evaluation prompts.
-        examples: number of prompts in the grid of images.
-        percents: sparsities, in per cent, in figures with one row or column per variant; None: all.
+        prompts: table of the evaluation prompts (parquet).
+        shard_size: how many of them a shard of pictures holds.
+        examples: how many of them the picture grid shows.
+        percents: of the variants in figures that have a row or column a variant; None: all.
     """
 
     folder: Path
     variants: Mapping[str, Sequence[str]]
     prompts: Path
+    shard_size: int
     examples: int = 8
     percents: frozenset[int] | None = None
 
@@ -67,94 +74,165 @@ class Results:
         return list(dict.fromkeys(variant.scores for variant in pruned))
 
     def quality(self, model: str, variant: Variant) -> dict[str, Any]:
-        """The quality metrics of a variant, from `quality.json`: metric -> value or None."""
-        return self._found(model, "quality.json")[variant.name]
+        """What `evaluate quality` found."""
+        keys = [*(one.key for one in QUALITY), *OBJECTS]
+        found = self._found(model, "quality.json", keys)
+        # What is no number is so for all: no real images, or captions that nothing checks. But
+        # pictures that are identical have no finite PSNR.
+        for key in (key for key in keys if key != "psnr"):
+            lacking = [name for name in self.variants[model] if found[name][key] is None]
+            if 0 < len(lacking) < len(self.variants[model]):
+                path = self.folder / model / "quality.json"
+                raise UserError(f"{path}: {lacking[0]} has no {key}, others have; evaluate again")
+        return found[variant.name]
 
     def efficiency(self, model: str) -> dict[str, dict[str, Any]] | None:
         """Variant name -> quantity -> value, from `efficiency.json`; None if not measured."""
         if not (self.folder / model / "efficiency.json").exists():
             return None
-        return self._found(model, "efficiency.json")
+        keys = [*(one.key for one in COST), *QUARTILES, "device"]
+        return self._found(model, "efficiency.json", keys)
 
     def mask_cost(self, model: str) -> pd.DataFrame:
-        """The cost of mask-learning iterations, from `mask_cost.csv`."""
-        return read_csv(self.folder / model / "mask_cost.csv")
+        """What `evaluate mask-cost` found."""
+        columns = ["steps", "kept", "seconds", "floor_seconds", "peak_memory_mb"]
+        return read_csv(self.folder / model / "mask_cost.csv", columns)
 
     def sparsity(self, model: str, variant: Variant) -> float:
         """The exact share of the denoiser's parameters that a variant's mask removes."""
         if variant.is_dense:
             return 0.0
-        return json.loads(self._mask(model, variant)[1]["ecodiff"])["sparsity"]
+        path = self._mask(model, variant)
+        found = read_mask(path)[1].get("sparsity")
+        if not _is_number(found):
+            raise UserError(f"{path}: its sparsity is {found!r}, not a number")
+        return found
 
     def removed(self, model: str, variant: Variant) -> dict[str, float]:
         """Structure name -> the share of its units that a variant's mask removes."""
-        kept, _ = self._mask(model, variant)
+        kept = self.kept(model, variant)
         return {name: 1 - float(stays.mean()) for name, stays in kept.items()}
 
     def kept(self, model: str, variant: Variant) -> dict[str, np.ndarray]:
-        """Structure name -> bool (units,), true for units that a variant's mask keeps."""
-        return self._mask(model, variant)[0]
+        """Structure name -> bool (units,), what a variant's mask keeps."""
+        return read_mask(self._mask(model, variant))[0]
 
     def learning(self, model: str, variant: Variant) -> pd.DataFrame:
         """The history of learning a variant's mask; no rows if the method does not learn, or if the
         scores are those of another sparsity's mask."""
         path = self.folder / model / "masks" / variant.mask / "history.csv"
-        return read_csv(path) if path.exists() else pd.DataFrame(columns=["iteration"])
+        columns = ["iteration", "distortion", "expected_sparsity"]
+        return read_csv(path, columns) if path.exists() else pd.DataFrame(columns=columns)
 
     def retraining(self, model: str, variant: Variant) -> pd.DataFrame:
-        """The history of a variant's retraining, one row per step."""
-        return read_csv(self.folder / model / variant.name / "model" / "history.csv")
+        """How a variant was retrained."""
+        path = self.folder / model / variant.name / "model" / "history.csv"
+        return read_csv(path, ["step", "loss"])
+
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """The table of the evaluation prompts, in the order of their index."""
+        return read_prompts(self.prompts)
 
     def captions(self) -> pd.Series:
-        """The evaluation prompts, indexed by their number in the prompt set."""
-        return read_prompts(self.prompts).set_index("index")["prompt"]
+        """The evaluation prompts by their index."""
+        return self.table.set_index("index")["prompt"]
 
     def picture(self, model: str, variant: Variant, index: int) -> np.ndarray:
-        """A variant's image of a prompt, at most `SIDE` pixels a side: uint8 (height, width, 3)."""
-        folder = self.folder / model / variant.name / "images"
-        found = list(folder.glob(f"*/{index:05d}.png"))
-        if not found:
-            raise UserError(f"report: {folder} has no picture of prompt {index}")
-        image = read_picture(found[0])
+        """The picture of a prompt, made smaller than `SIDE`: uint8 (height, width, 3).
+
+        It lies in the shard where the run's shard size puts it. Raises `UserError` when it is
+        missing or damaged, or was drawn of another prompt, call or dense model.
+        """
+        table = self.table
+        row = table["index"].tolist().index(index)
+        shard, dense = (
+            self.folder / model / name / "images" / str(row // self.shard_size)
+            for name in (variant.name, Variant().name)
+        )
+        (indices, origin), (_, of_dense) = read_origin(shard), read_origin(dense)
+        odd = origin.odd_to(of_dense)
+        if odd:
+            raise UserError(f"{shard}: does not belong to {dense}: {odd}")
+        wanted = (table["prompt"][row], int(table["seed"][row]))
+        drawn = dict(zip(indices, zip(origin.prompts, origin.seeds, strict=True), strict=True))
+        if drawn.get(index) != wanted:
+            raise UserError(
+                f"{shard}: prompt {index} is {drawn.get(index)}, but {wanted} in {self.prompts};"
+                " generate again"
+            )
+        image = read_picture(shard / f"{index:05d}.png")
         image.thumbnail((SIDE, SIDE))
         return np.asarray(image)
 
-    def _found(self, model: str, file: str) -> dict[str, dict[str, Any]]:
-        """Variant name -> its entry in a json file of a model; `UserError` if one is missing."""
+    def _found(self, model: str, file: str, keys: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """What was found for each variant of a model: for each key a number, a text or None."""
         path = self.folder / model / file
         found = _json(path)
-        missing = [name for name in self.variants[model] if name not in found]
-        if missing:
-            raise UserError(f"{path}: has no variant {missing[0]}; evaluate again")
+        for name in self.variants[model]:
+            one = found.get(name)
+            if not isinstance(one, dict):
+                raise UserError(f"{path}: has no variant {name}; evaluate again")
+            missing = [key for key in keys if key not in one]
+            if missing:
+                raise UserError(f"{path}: {name} has no {missing[0]}; evaluate again")
+            odd = [key for key in keys if not _fits(key, one[key])]
+            if odd:
+                raise UserError(f"{path}: {odd[0]} of {name} is {one[odd[0]]!r}; evaluate again")
         return found
 
-    def _mask(self, model: str, variant: Variant) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    def _mask(self, model: str, variant: Variant) -> Path:
+        """The mask that was cut out of a variant's model."""
         cut = next(v.pruned for v in self.of(model) if v.mask == variant.mask)
-        return read_mask(self.folder / model / cut.name / "model/mask.safetensors")
+        return self.folder / model / cut.name / "model/mask.safetensors"
 
 
-def read_mask(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Read a mask without torch: structure name -> bool (units,), true for units that stay, and the
-    file's metadata. Raises `UserError` when the file is missing or damaged."""
+def read_mask(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """What a mask keeps, structure name -> bool (units,), and what it says of itself; `UserError`
+    when it is missing or damaged."""
     try:
         with safe_open(path, framework="np") as file:
             kept = [key for key in file.keys() if key.startswith("kept/")]  # noqa: SIM118
             found = {key.removeprefix("kept/"): file.get_tensor(key) for key in kept}
-            return found, file.metadata()
-    except (OSError, SafetensorError) as error:
+            return found, json.loads(file.metadata()["ecodiff"])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
+
+
+def read_csv(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+    """A table that a stage left; `UserError` when it is missing, damaged or lacks a column."""
+    try:
+        table = pd.read_csv(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    missing = [column for column in columns if column not in table]
+    if missing:
+        raise UserError(f"{path}: has no column {missing[0]}; run the stage that made it again")
+    return table
 
 
 def _json(path: Path) -> dict[str, Any]:
+    """A mapping; NaN and infinity are no JSON."""
+
+    def refuse(word: str) -> None:
+        raise ValueError(f"{word} is no JSON")
+
     try:
-        return json.loads(read_text(path))
+        found = json.loads(read_text(path), parse_constant=refuse)
     except ValueError as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: is not a mapping of variants")
+    return found
 
 
-def read_csv(path: Path) -> pd.DataFrame:
-    """Read a csv file that a stage wrote. Raises `UserError` when it is missing or damaged."""
-    try:
-        return pd.read_csv(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
+def _fits(key: str, value: Any) -> bool:
+    """Whether a value is of the kind that a stage writes under a key."""
+    if key == "device":
+        return isinstance(value, str)
+    may_lack = key in OBJECTS or key in {one.key for one in QUALITY}
+    return (value is None and may_lack) or _is_number(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

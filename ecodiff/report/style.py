@@ -92,6 +92,8 @@ QUALITY = (
         short="median 10⁻³",
     ),
 )
+# The checker's verdict on captions of each kind, beside that on all.
+OBJECTS = {"scene_accuracy_one": "one object", "scene_accuracy_two": "two objects"}
 COST = (
     Quantity("parameters", "Parameters (M)", 1e-6),
     Quantity("denoiser_parameters", "Denoiser parameters (M)", 1e-6, short="params M"),

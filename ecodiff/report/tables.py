@@ -134,7 +134,12 @@ def _measured(table: pd.DataFrame, columns: Sequence[Quantity]) -> list[Quantity
 def markdown(table: pd.DataFrame) -> str:
     """A table of text in GitHub's Markdown."""
     lines = [table.columns, ["---"] * table.shape[1], *table.itertuples(index=False)]
-    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+    return "".join(f"| {' | '.join(map(_cell, line))} |\n" for line in lines)
+
+
+def _cell(value: object) -> str:
+    """A cell's text; a bar would end it, and a new line the table."""
+    return " ".join(str(value).split()).replace("|", "\\|")
 
 
 def _latex(table: pd.DataFrame) -> str:

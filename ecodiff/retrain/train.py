@@ -16,9 +16,10 @@ from torch.nn import functional
 
 from ecodiff.calibrate import Calibration
 from ecodiff.config.sections import RetrainSettings
+from ecodiff.models.pipelines import check_dense
 from ecodiff.models.saving import dense_structures
 from ecodiff.models.structures import denoiser_of
-from ecodiff.runtime.errors import UserError, first_line
+from ecodiff.runtime.errors import UserError
 from ecodiff.trajectory.denoising_loss import conditioned, objective
 
 
@@ -26,7 +27,7 @@ def retrain(
     pipe: DiffusionPipeline,
     calibration: Calibration,
     settings: RetrainSettings,
-    teacher: nn.Module | None = None,
+    teacher: DiffusionPipeline | None = None,
 ) -> pd.DataFrame:
     """Train the denoiser in place on the model's own training loss (EcoDiff, "retraining").
 
@@ -37,21 +38,25 @@ def retrain(
 
     Args:
         pipe: the pruned pipeline; its denoiser keeps class, shapes, dtype and device.
-        calibration: prompt embeddings and z0 of the dense model.
+        calibration: embeddings and z0 of the dense model that it was pruned from.
         settings: the section `retrain.lora` or `retrain.full`.
-        teacher: the dense denoiser on the same device; needed if `settings.distillation` > 0.
+        teacher: that dense model, on the same device; needed for distillation.
 
     Returns:
         One row per step: step, loss, distillation (without its weight), seconds since the start.
 
     Raises:
-        UserError: distillation without a teacher, a calibration or teacher of another model, a rank
-            that no weight has, a scheduler that is not supported, or a loss that is not finite.
-            With LoRA the denoiser is unchanged after an error.
+        UserError: distillation without a teacher, a calibration or teacher of another model, a
+            batch larger than the calibration, a rank above the layers' widths, a scheduler that
+            isn't supported, or a loss that is not finite; with LoRA the denoiser is then as it was.
     """
     if settings.distillation and teacher is None:
         raise UserError("retrain: distillation needs the dense model")
-    _check_fit(pipe, calibration, settings, teacher)
+    if teacher is not None:
+        check_dense(pipe, teacher)
+    calibration, count = calibration.for_pruned(pipe), len(calibration.prompts)
+    if settings.batch > count:
+        raise UserError(f"retrain: batch: {settings.batch}, but {calibration.file} has {count}")
     denoiser = denoiser_of(pipe)
     generator = torch.Generator().manual_seed(settings.seed)
     history, start = [], time.perf_counter()
@@ -72,28 +77,11 @@ def retrain(
     return pd.DataFrame(history, columns=["step", "loss", "distillation", "seconds"])
 
 
-def _check_fit(
-    pipe: DiffusionPipeline,
-    calibration: Calibration,
-    settings: RetrainSettings,
-    teacher: nn.Module | None,
-) -> None:
-    """Insist that the model can be run on the record, which is that of its dense model."""
-    try:
-        with torch.no_grad():
-            _losses(pipe, calibration.of([0]), settings, teacher, torch.Generator())
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, TypeError, ValueError, LookupError) as error:
-        reason = first_line(error)
-        raise UserError(f"retrain: record or teacher is of another model ({reason})") from error
-
-
 def _losses(
     pipe: DiffusionPipeline,
     calibration: Calibration,
     settings: RetrainSettings,
-    teacher: nn.Module | None,
+    teacher: DiffusionPipeline | None,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
     """The training loss and the squared distance to the teacher on a random batch, scalars."""
@@ -111,7 +99,7 @@ def _losses(
     if not settings.distillation:
         return loss, torch.zeros_like(loss)
     with torch.no_grad():
-        wanted = prepared.predict(teacher, noised, timesteps).float()
+        wanted = prepared.predict(denoiser_of(teacher), noised, timesteps).float()
     return loss, functional.mse_loss(predicted, wanted)
 
 
@@ -141,9 +129,9 @@ def _lora(denoiser: nn.Module, settings: RetrainSettings) -> Iterator[list[nn.Pa
     present = dict(denoiser.named_modules())
     # An attention without heads has lost its linears, and others may be empty (0 rows or columns).
     targets = sorted(t for t in targets if t in present and present[t].weight.numel())
-    largest = max((min(present[target].weight.shape) for target in targets), default=0)
-    if settings.rank > largest:
-        raise UserError(f"retrain: rank is {settings.rank}, but no weight has more than {largest}")
+    widest = max((min(present[t].weight.shape[:2]) for t in targets), default=0)
+    if settings.rank > widest:
+        raise UserError(f"retrain: rank: {settings.rank} is above the widest layer's {widest}")
     config = LoraConfig(r=settings.rank, lora_alpha=settings.rank, target_modules=targets)
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
