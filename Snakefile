@@ -40,6 +40,7 @@ rule all:
     input:
         rules.tables.output,
         rules.figures.output,
+        plan.all_shards(),
 
 
 onstart:

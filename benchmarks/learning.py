@@ -1,7 +1,8 @@
-"""What an iteration of mask learning costs: `python benchmarks/learning.py`, or `make bench`.
+"""Time and memory of an iteration of mask learning: `python benchmarks/learning.py`, `make bench`.
 
-The floor counts forward passes, timed in the same run: three for a step whose activations are
-computed again, two for one whose activations are kept.
+The floor is the time of the forward passes alone, timed in the same run: three for a step that is
+recomputed (forward, recomputation, and a backward pass counted as one), two for a step whose
+activations are kept.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def middle() -> DiffusionPipeline:
 def measured(
     name: str, pipe: DiffusionPipeline, call: dict, settings: MaskCostSettings
 ) -> pd.DataFrame:
-    """The rows of a model, with the distance to the floor."""
+    """One model's rows of `mask_cost`, with the ratios to the floor and to the memory of T = 10."""
     embeds = encode(pipe, [PROMPT] * settings.batch, call)
     noise = starting_noise(pipe, [*range(settings.batch)], call)
     table = mask_cost(pipe, embeds, noise, call, settings)

@@ -1,8 +1,8 @@
-"""Speed, memory and size of SDXL and FLUX.1 once they are pruned, with random weights.
+"""Speed, memory and size of pruned SDXL and FLUX.1, with random weights.
 
-`python benchmarks/pruned_size.py` on a GPU; `--small` checks the script itself on any machine.
-Which units go is random: what is measured depends on how many, and on whether the neurons that are
-left make a width that tensor cores like (`aligned`: a multiple of 64 in each feed-forward).
+Run `python benchmarks/pruned_size.py` on a GPU; `--small` checks the script itself on any machine.
+Random units are removed: the cost depends only on their number, and on whether feed-forwards keep a
+multiple of 64 neurons (`aligned`), which suits tensor cores.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ STEPS = 4
 
 
 def pruned(name: str, device: str, small: bool, sparsity: float, align: int) -> DiffusionPipeline:
-    """A real model's architecture with so many of its units cut out."""
+    """A real model's architecture with random units removed up to a sparsity."""
     pipe = built(name, device, small)
     denoiser = denoiser_of(pipe)
     structures, total = discover(denoiser), count_parameters(denoiser)
@@ -40,7 +40,7 @@ def pruned(name: str, device: str, small: bool, sparsity: float, align: int) -> 
 
 
 def measured(pipe: DiffusionPipeline, call: Call, repeats: int) -> dict[str, float]:
-    """Milliseconds a denoising step (median), peak and disk gigabytes, parameters."""
+    """Parameters (10^9), milliseconds per denoising step (median), peak memory and disk (GB)."""
     denoiser = denoiser_of(pipe)
     embeds, noise = texts_of(pipe), starting_noise(pipe, [0], call)
 

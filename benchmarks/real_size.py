@@ -1,9 +1,9 @@
-"""What an iteration of mask learning costs at the size of SDXL and FLUX.1, with random weights.
+"""Time and memory of an iteration of mask learning at the size of SDXL and FLUX.1.
 
-`python benchmarks/real_size.py` on a GPU; `--small` checks the script itself on any machine.
-Utilisation counts the floating-point operations of the denoiser's forward pass, once for the pass,
-once for its gradient and once for what is recomputed, against the rate of large matrix products
-that is measured in the same run.
+Weights are random. Run `python benchmarks/real_size.py` on a GPU; `--small` checks the script
+itself on any machine. TFLOP/s count the operations of a denoising step's forward pass once for the
+forward pass, once for the gradient and once for the recomputation, if there is one; `of ceiling`
+compares them with the rate of large matrix products, measured in the same run.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ecodiff.models.structures import count_parameters, denoiser_of
 
 CONFIGS = Path(__file__).parents[1] / "tests/configs"
 PROMPTS = 400  # 100 calibration prompts, four epochs
-# Numbers of steps, and the shares of them whose activations are kept.
+# Model -> pairs of (numbers of denoising steps, shares of them whose activations are kept).
 PLANS = {
     "sdxl": [((50,), (0.0,)), ((4,), (0.0, 1.0))],
     "flux": [((4, 28), (0.0,)), ((1,), (1.0,))],
@@ -52,7 +52,7 @@ SMALL = {
 
 
 def built(name: str, device: str, small: bool) -> DiffusionPipeline:
-    """A pipeline of a real model's architecture, without text encoders, weights at random."""
+    """A bf16 pipeline of a real model's architecture: random weights, no text encoders."""
     facts = json.loads((CONFIGS / f"{name}.json").read_text())
     config = facts["config"] | (SMALL[name] if small else {})
     vae = AutoencoderKL(
@@ -83,7 +83,7 @@ def built(name: str, device: str, small: bool) -> DiffusionPipeline:
 
 
 def texts_of(pipe: DiffusionPipeline) -> dict[str, torch.Tensor]:
-    """Random embeddings of one prompt; of its negative too where there is guidance."""
+    """Random embeddings of one prompt, and for SDXL of a negative prompt, for guidance."""
     denoiser = denoiser_of(pipe)
     config, like = denoiser.config, {"device": denoiser.device, "dtype": denoiser.dtype}
     if "joint_attention_dim" in config:
@@ -103,7 +103,7 @@ def texts_of(pipe: DiffusionPipeline) -> dict[str, torch.Tensor]:
 
 
 def call_of(name: str, side: int) -> Call:
-    """How a real model's pipeline is called."""
+    """Arguments of the pipeline's call, but for the number of steps; `side` in pixels."""
     return {"height": side, "width": side, "guidance_scale": 5.0 if name == "sdxl" else 3.5}
 
 
@@ -126,7 +126,7 @@ def show(table: pd.DataFrame, asked: argparse.Namespace) -> None:
 
 
 def ceiling(device: str, side: int) -> float:
-    """Operations a second of large bf16 matrix products: the median of ten."""
+    """Floating-point operations per second of large bf16 matrix products, the median of ten."""
     left, right = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
     times = [seconds(lambda: left @ right, left.device) for _ in range(12)]
     return 2 * side**3 / float(np.median(times[2:]))
@@ -141,7 +141,7 @@ def operations(pipe: DiffusionPipeline, embeds: dict, noise: torch.Tensor, call:
 
 
 def measured(name: str, side: int, device: str, repeats: int, small: bool) -> pd.DataFrame:
-    """The rows of one model."""
+    """The rows of one model: time, memory and utilisation of an iteration."""
     pipe = built(name, device, small)
     call = call_of(name, side)
     embeds, noise = texts_of(pipe), starting_noise(pipe, [0], call)

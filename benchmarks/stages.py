@@ -1,4 +1,4 @@
-"""Print what each stage of a finished run took: `python benchmarks/stages.py results/demo`."""
+"""Time and memory of each stage of a run: `python benchmarks/stages.py results/demo`."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ ORDER = [
 
 
 def stages(run: Path) -> pd.DataFrame:
-    """Jobs, their summed wall seconds and largest resident memory, a row a kind of job.
+    """One row per stage: number of jobs, summed and longest wall-clock seconds, peak memory (MB).
 
     Args:
-        run: a folder of results; its `benchmarks` are Snakemake's.
+        run: `results/<run>`; Snakemake's benchmark files are in its folder `benchmarks`.
     """
     rows = []
     for file in sorted((run / "benchmarks").rglob("*.tsv")):

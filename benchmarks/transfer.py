@@ -1,8 +1,8 @@
-"""Where a mask survives a change: `python benchmarks/transfer.py results/compare toy-sdxl`.
+"""How masks transfer to other settings: `python benchmarks/transfer.py results/compare toy-sdxl`.
 
-Masks of a finished run are judged where they were not learned: another scheduler, number of steps,
-guidance, size, and kind of caption. Nothing is cut; the dense model under the same change is what
-each is compared with.
+Masks of a finished run are judged with another scheduler, number of steps, guidance scale, image
+size or kind of caption than they were learned with. Units are masked, not cut, and the reference is
+the dense model with the same change.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ FLOW_SCHEDULERS = ("UniPCMultistepScheduler",)
 
 @dataclass(frozen=True)
 class Change:
-    """One row of the table.
+    """One row of the table: a change of the setting in which masks are judged.
 
     Attributes:
-        name: what it is called.
-        call: keys of the pipeline's call that differ.
-        scheduler: a class of diffusers; empty for the model's own.
-        objects: captions of so many objects alone; 0 for all.
+        name: its name in the table.
+        call: arguments of the pipeline's call that differ.
+        scheduler: name of a scheduler class of diffusers; empty: the model's own.
+        objects: only captions with this number of objects; 0: all.
     """
 
     name: str
@@ -56,7 +56,12 @@ class Change:
 
 
 def changes(call: dict[str, Any], flow: bool) -> list[Change]:
-    """The rows: the call as it was, then one thing changed at a time."""
+    """The rows: no change, then one change at a time.
+
+    Args:
+        call: the model's `call` settings.
+        flow: whether the model is a flow-matching one.
+    """
     steps, height, width = (call[k] for k in ("num_inference_steps", "height", "width"))
     rows = [Change("as calibrated", {})]
     for n in (steps // 2, 2 * steps, 4 * steps):
@@ -80,7 +85,7 @@ def judged(
     masks: dict[str, Mask],
     sparsity: float,
 ) -> pd.DataFrame:
-    """The errors of masks under a change: mask, latent_error and median_error."""
+    """Errors of masks under a change, a row per mask: mask, latent_error and median_error."""
     own, rows = pipe.scheduler, prompts
     if change.objects:
         rows = prompts[[objects(p) == change.objects for p in prompts["prompt"]]]
@@ -94,21 +99,21 @@ def judged(
 
 
 def scheduler(name: str, own: Any) -> Any:
-    """A scheduler of another class for the same model."""
+    """A scheduler of class `name` with the config of the model's own."""
     flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
     extra = flow if name in FLOW_SCHEDULERS else {}
     return getattr(diffusers, name).from_config(own.config, **extra)
 
 
 def objects(caption: str) -> int:
-    """How many objects a ShapeWorld caption names."""
+    """The number of objects in a ShapeWorld caption."""
     return len(world.parse_caption(caption).things)
 
 
 def learned_on_single_objects(
     pipe: DiffusionPipeline, config: Config, run: Path, model: str, sparsity: float
 ) -> Mask:
-    """EcoDiff's mask from those calibration prompts alone that name one object."""
+    """A mask learned (EcoDiff) on only the calibration prompts with one object."""
     record = Calibration.load(run / model / f"{config.calibrate.prompts}.safetensors")
     chosen = [i for i, prompt in enumerate(record.prompts) if objects(prompt) == 1]
     fewer, settings = record.of(chosen), config.models[model].mask
@@ -151,7 +156,7 @@ def main() -> None:
 
 
 def first_of(method: str, run: Path, model: str) -> Path:
-    """The mask of a method's first seed in a run."""
+    """The file of the mask of a method's first seed in a run."""
     found = sorted((run / model / "masks").glob(f"{method}-*/mask.safetensors"))
     exact = [path for path in found if Variant.parse(path.parent.name).method == method]
     if not exact:

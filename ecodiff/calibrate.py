@@ -20,8 +20,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ecodiff.models.calls import check_call, log_cut_prompts, why_not_finite
 from ecodiff.models.families import Call, runs_per_step
-from ecodiff.models.pipelines import denoise, encode, fingerprint, starting_noise
+from ecodiff.models.identity import same_denoiser
+from ecodiff.models.pipelines import (
+    check_fingerprint,
+    denoise,
+    dense_fingerprint,
+    encode,
+    fingerprint,
+    latent_dtype,
+    starting_noise,
+)
 from ecodiff.models.structures import Structure, denoiser_of, discover, modulation_linears
 from ecodiff.runtime.artifacts import atomic
 from ecodiff.runtime.errors import UserError
@@ -42,6 +52,7 @@ class Calibration:
         means: what units give on average over prompts, steps, guidance branches and tokens, where
             a bias can give it in their place: a consumer -> the mean of its input, (in,); a
             modulation linear -> the mean of its output, (out,). float32.
+        file: what errors call it.
     """
 
     prompts: list[str]
@@ -52,6 +63,7 @@ class Calibration:
     call: Call
     fingerprint: str
     means: dict[str, Tensor] = field(default_factory=dict)
+    file: str = "calibration"
 
     def batch(
         self, indices: Sequence[int], device: torch.device | str = "cpu"
@@ -88,7 +100,26 @@ class Calibration:
 
     def check(self, pipe: DiffusionPipeline) -> None:
         """Raise `UserError` when this was recorded from another model than `pipe`."""
-        _check_fingerprint("calibration", self.fingerprint, pipe)
+        check_fingerprint(self.file, self.fingerprint, fingerprint(pipe), pipe)
+
+    def for_dense(self, pipe: DiffusionPipeline) -> Self:
+        """The same in the dtype of the dense model `pipe`, see `check`."""
+        self.check(pipe)
+        return self._cast(pipe)
+
+    def for_pruned(self, pipe: DiffusionPipeline) -> Self:
+        """The same in the dtype of `pipe`; `UserError` unless that was pruned from its model."""
+        dense = dense_fingerprint(pipe)
+        check_fingerprint(self.file, self.fingerprint, dense, pipe, same_denoiser)
+        return self._cast(pipe)
+
+    def _cast(self, pipe: DiffusionPipeline) -> Self:
+        dtype, latent = denoiser_of(pipe).dtype, latent_dtype(pipe)
+        embeds = {
+            key: value.to(dtype) if value.is_floating_point() else value
+            for key, value in self.embeds.items()
+        }
+        return replace(self, embeds=embeds, noise=self.noise.to(latent), z0=self.z0.to(latent))
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, whole or not at all."""
@@ -99,10 +130,13 @@ class Calibration:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read what `save` wrote. Raises `UserError` when the file is missing or not one."""
+        """Read what `save` wrote. Raises `UserError` when the file is missing or not one, or a
+        latent is not finite."""
         tensors, info = _read(path)
         parts = {part: _popped(tensors, f"{part}.") for part in ("embeds", "means")}
-        return _built(cls, path, {**tensors, **info, **parts})
+        found = _built(cls, path, {**tensors, **info, **parts, "file": str(path)})
+        _refuse_not_finite(found.file, found.z0, found.seeds)
+        return found
 
 
 def calibrate(
@@ -110,13 +144,12 @@ def calibrate(
 ) -> Calibration:
     """Record the dense model on the prompts (EcoDiff, "end-to-end objective": the target z0).
 
-    Raises `UserError` when there are no prompts, prompts and seeds don't match in number, two
-    seeds are equal, or a final latent is not finite.
+    Raises `UserError` when there are no prompts, one is no text, seeds don't match them in number,
+    are equal or out of range, `call` doesn't fit the pipeline, or a final latent is not finite.
     """
-    if not prompts or len(prompts) != len(seeds):
-        raise UserError(f"calibrate: {len(prompts)} prompts need as many seeds, got {len(seeds)}")
-    if len(set(seeds)) != len(seeds):
-        raise UserError("calibrate: seeds must differ, or prompts would share their starting noise")
+    prompts, seeds = checked_inputs(prompts, seeds)
+    check_call(pipe, call)
+    log_cut_prompts(pipe, prompts, call)
     parts = []
     with averaged(denoiser_of(pipe)) as means:
         for chunk in _chunks(len(prompts), batch_size):
@@ -125,12 +158,10 @@ def calibrate(
             z0 = denoise(pipe, embeds, noise, call)
             parts.append(({k: v.cpu() for k, v in embeds.items()}, noise.cpu(), z0.cpu()))
     z0 = torch.cat([part[2] for part in parts])
-    bad = [seeds[i] for i, row in enumerate(z0.flatten(1)) if not row.isfinite().all()]
-    if bad:
-        raise UserError(f"calibrate: latents of seeds {bad[:5]} are not finite; try dtype float32")
+    _refuse_not_finite("calibrate", z0, seeds, pipe)
     return Calibration(
-        prompts=list(prompts),
-        seeds=[int(seed) for seed in seeds],
+        prompts=prompts,
+        seeds=seeds,
         embeds={key: torch.cat([part[0][key] for part in parts]) for key in parts[0][0]},
         noise=torch.cat([part[1] for part in parts]),
         z0=z0,
@@ -138,6 +169,22 @@ def calibrate(
         fingerprint=fingerprint(pipe),
         means=means,
     )
+
+
+def checked_inputs(prompts: Sequence[str], seeds: Sequence[int]) -> tuple[list[str], list[int]]:
+    """Prompts and the seeds of their noise as lists, once they are known to be usable."""
+    prompts, seeds = list(prompts), list(seeds)
+    for i, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            raise UserError(f"calibrate: prompt {i} is {prompt!r}, must be a text")
+    if not prompts or len(prompts) != len(seeds):
+        raise UserError(f"calibrate: {len(prompts)} prompts need as many seeds, got {len(seeds)}")
+    for seed in seeds:
+        if not hasattr(seed, "__index__") or not 0 <= seed < 2**63:
+            raise UserError(f"calibrate: seed {seed!r} is not a whole number from 0 to 2^63 - 1")
+    if len(set(seeds)) != len(seeds):
+        raise UserError("calibrate: seeds must differ, or prompts would share their starting noise")
+    return prompts, [int(seed) for seed in seeds]
 
 
 @contextmanager
@@ -175,33 +222,38 @@ class Grams:
         gram: X^T X, (in, in), over all tokens, prompts, guidance branches and denoising steps.
         total: the sum of X over the same, (in,).
         count: how many rows X has; steps may be weighted.
-        fingerprint: of the dense model.
-        means: of the calibration that they were gathered on.
+        fingerprint, call, prompts, seeds, means: of the calibration that they were gathered on.
+        file: what errors call them.
     """
 
     gram: dict[str, Tensor]
     total: dict[str, Tensor]
     count: dict[str, float]
     fingerprint: str
+    call: Call = field(default_factory=dict)
+    prompts: list[str] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)
     means: dict[str, Tensor] = field(default_factory=dict)
+    file: str = "grams"
 
     def check(self, pipe: DiffusionPipeline) -> None:
         """Raise `UserError` when these were gathered from another model than `pipe`."""
-        _check_fingerprint("grams", self.fingerprint, pipe)
+        check_fingerprint(self.file, self.fingerprint, fingerprint(pipe), pipe)
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, whole or not at all."""
         tensors = {f"gram.{name}": value for name, value in self.gram.items()}
         tensors |= {f"total.{name}": value for name, value in self.total.items()}
         tensors |= {f"means.{name}": value for name, value in self.means.items()}
-        _write(path, tensors, {"count": self.count, "fingerprint": self.fingerprint})
+        keys = ("count", "fingerprint", "call", "prompts", "seeds")
+        _write(path, tensors, {key: getattr(self, key) for key in keys})
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Read what `save` wrote. Raises `UserError` when the file is missing or not one."""
         tensors, info = _read(path)
         parts = {part: _popped(tensors, f"{part}.") for part in ("gram", "total", "means")}
-        return _built(cls, path, {**tensors, **parts, **info})
+        return _built(cls, path, {**tensors, **parts, **info, "file": str(path)})
 
 
 def gather_grams(
@@ -217,7 +269,7 @@ def gather_grams(
     `weight` says how much a step counts: (which one, of how many) -> its factor. Raises `UserError`
     when the calibration is of another model, or activations are not finite.
     """
-    calibration.check(pipe)
+    calibration = calibration.for_dense(pipe)
     denoiser = denoiser_of(pipe)
     names = dict.fromkeys(port.module for s in structures for port in s.consumers)
     sizes = {name: denoiser.get_submodule(name).weight.shape[1] for name in names}
@@ -228,6 +280,9 @@ def gather_grams(
         total={name: torch.zeros(size, **kind) for name, size in sizes.items()},
         count=dict.fromkeys(names, 0),
         fingerprint=calibration.fingerprint,
+        call=calibration.call,
+        prompts=calibration.prompts,
+        seeds=calibration.seeds,
         means=calibration.means,
     )
 
@@ -245,7 +300,7 @@ def gather_grams(
         calibration.drawn_by(pipe, batch_size)
     bad = [name for name, gram in grams.gram.items() if not gram.isfinite().all()]
     if bad:
-        raise UserError(f"grams: inputs of {bad[0]} are not finite; try dtype bfloat16 or float32")
+        raise UserError(f"grams: inputs of {bad[0]} are not finite; {why_not_finite(pipe)}")
     return grams
 
 
@@ -272,12 +327,14 @@ def _chunks(count: int, size: int) -> Iterator[range]:
     return (range(start, min(start + size, count)) for start in range(0, count, size))
 
 
-def _check_fingerprint(what: str, recorded: str, pipe: DiffusionPipeline) -> None:
-    if recorded != fingerprint(pipe):
-        raise UserError(
-            f"{what}: was recorded from another model than the one given (weights, scheduler or"
-            " dtype differ); run the calibrate stage again"
-        )
+def _refuse_not_finite(
+    file: str, z0: Tensor, seeds: Sequence[int], pipe: DiffusionPipeline | None = None
+) -> None:
+    finite = z0.flatten(1).isfinite().all(1).tolist()
+    bad = [seed for seed, fine in zip(seeds, finite, strict=True) if not fine]
+    if bad:
+        why = "" if pipe is None else f"; {why_not_finite(pipe)}"
+        raise UserError(f"{file}: latents of seeds {bad[:5]} are not finite{why}")
 
 
 def _write(path: str | Path, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:

@@ -9,7 +9,16 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from ecodiff.models.pipelines import decode, denoise, encode, starting_noise
+from ecodiff.models.calls import log_cut_prompts, why_not_finite
+from ecodiff.models.identity import LATENTS, Origin
+from ecodiff.models.pipelines import (
+    decode,
+    denoise,
+    dense_fingerprint,
+    encode,
+    fingerprint,
+    starting_noise,
+)
 from ecodiff.runtime.artifacts import atomic
 from ecodiff.runtime.errors import UserError
 
@@ -42,7 +51,8 @@ def generate(
     Neither the batch nor the shard that a prompt falls into changes its picture: seeds come with
     the table, and text is padded to a fixed length. Writes `{index:05d}.png` and
     `latents.safetensors` (`index` int64 (n,), `z0` float32 (n, *latent) in the layout of the
-    pipeline) to `folder`, which is written whole or not at all.
+    pipeline; in its metadata an `identity.Origin`) to `folder`, which is written whole or not at
+    all.
 
     Args:
         pipe: the dense or a pruned pipeline.
@@ -52,9 +62,22 @@ def generate(
         folder: where to write.
 
     Raises:
-        UserError: a final latent is not finite; the prompts are named.
+        UserError: an index is in the table twice, or a final latent or a picture is not finite;
+            the prompts are named.
     """
+    numbers = prompts["index"].tolist()
+    twice = prompts["index"][prompts["index"].duplicated()].tolist()
+    if twice:
+        raise UserError(f"prompts: index {twice[0]} is in the table twice")
+    origin = Origin(
+        model=fingerprint(pipe),
+        dense=dense_fingerprint(pipe),
+        call=dict(call),
+        prompts=prompts["prompt"].tolist(),
+        seeds=prompts["seed"].tolist(),
+    )
     latents = []
+    log_cut_prompts(pipe, prompts["prompt"].tolist(), call)
     with atomic(folder, folder=True) as scratch:
         for start in range(0, len(prompts), batch_size):
             rows = prompts.iloc[start : start + batch_size]
@@ -62,19 +85,24 @@ def generate(
                 embeds = encode(pipe, rows["prompt"].tolist(), call)
                 noise = starting_noise(pipe, rows["seed"].tolist(), call)
                 z0 = denoise(pipe, embeds, noise, call)
-                latents.append(_finite(z0, rows["index"].tolist()))
-                images = decode(pipe, z0, call)
+                latents.append(z0.float().cpu())
+                finite = latents[-1].flatten(1).isfinite().all(1)
+                _refuse(pipe, "latents", rows["index"][~finite.numpy()])
+                try:
+                    images = decode(pipe, z0, call)
+                except FloatingPointError as error:
+                    _refuse(pipe, "pictures", rows["index"].iloc[error.args[0]])
+                    raise
             for index, image in zip(rows["index"], images, strict=True):
                 Image.fromarray(image).save(scratch / f"{index:05d}.png")
-        index = torch.tensor(prompts["index"].tolist(), dtype=torch.int64)
-        save_file({"index": index, "z0": torch.cat(latents)}, scratch / "latents.safetensors")
+        tensors = {"index": torch.tensor(numbers, dtype=torch.int64), "z0": torch.cat(latents)}
+        save_file(tensors, scratch / LATENTS, metadata=origin.metadata())
 
 
-def _finite(z0: torch.Tensor, indices: list[int]) -> torch.Tensor:
-    """z0 as float32 on the CPU, once it is known to be finite."""
-    z0 = z0.float().cpu()
-    good = z0.flatten(1).isfinite().all(1)
-    if not good.all():
-        bad = [index for index, fine in zip(indices, good.tolist(), strict=True) if not fine]
-        raise UserError(f"generate: latents of prompts {bad[:5]} are not finite; try dtype float32")
-    return z0
+def _refuse(pipe: DiffusionPipeline, what: str, bad: pd.Series) -> None:
+    """Raise `UserError` when what the pipeline made is not finite for the prompts of an index."""
+    if len(bad):
+        first = bad.tolist()[:5]
+        raise UserError(
+            f"generate: {what} of prompts {first} are not finite; {why_not_finite(pipe)}"
+        )

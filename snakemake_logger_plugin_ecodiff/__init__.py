@@ -9,9 +9,11 @@ it.
 from __future__ import annotations
 
 import logging
-import re
+import sys
 import time
 from collections import Counter, defaultdict
+from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -24,11 +26,24 @@ from snakemake.logging import DefaultFilter, DefaultFormatter
 from snakemake_interface_logger_plugins.base import LogHandlerBase
 from snakemake_interface_logger_plugins.common import LogEvent
 
+from ecodiff.config.reading import read_document
+from ecodiff.runtime.errors import UserError
+
 TAIL = 15  # lines of a failed job's log
 ONE_LINE = {
     "cannot be locked": "another run works in this folder; when none does (it was killed): "
     "snakemake --unlock",
 }
+# What a failed job says better itself.
+SAID_BETTER = (
+    "Exiting because a job",
+    "Error in rule",
+    "RuleException",
+    "WorkflowError:\nAt least one",
+)
+ERROR = "ecodiff: error: "
+# Parts of what Snakemake says when it cannot read a config file.
+CONFIG_UNREAD = ("load_configfile", "Config file is not valid", "Config file must be")
 # Said by Snakemake without an event, and worth a line.
 WORTH_SAYING = ("Nothing to be done", "Unlocking")
 
@@ -94,7 +109,7 @@ class Watch:
         self.planned: Counter[str] = Counter()
         self.done: Counter[str] = Counter()
         self.seconds: defaultdict[str, list[float]] = defaultdict(list)
-        self.failed: set[int] = set()
+        self.failed: dict[int, str] = {}  # id -> what failed, and why in a line
         self.bars = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
@@ -126,9 +141,12 @@ class Watch:
                     self._say(record)
 
     def end(self) -> None:
-        """Take the bars away."""
+        """Take the bars away; what failed is said last, each reason once."""
         if self.live.is_started:
             self.live.stop()
+        for line in dict.fromkeys(self.failed.values()):
+            self.console.print(Text(line, "red"), soft_wrap=True)
+        self.failed.clear()
 
     def left(self) -> float | None:
         """Seconds until all is done; None before any job has ended.
@@ -160,7 +178,7 @@ class Watch:
             self.live.start()
 
     def _begin(self, job: Any) -> None:
-        names = " ".join(str(value) for value in (job.wildcards or {}).values())
+        names = "/".join(str(value) for value in (job.wildcards or {}).values())
         self.jobs[job.jobid] = (job.rule_name, names, time.monotonic())
         if job.rule_name not in self.tasks:
             total = self.planned[job.rule_name]
@@ -171,6 +189,7 @@ class Watch:
         took = time.monotonic() - began
         self.seconds[rule].append(took)
         self.done[rule] += 1
+        self.failed.pop(job, None)  # its second try was better
         self.bars.advance(self.tasks[rule])
         if "all" in self.tasks:
             self.bars.advance(self.tasks["all"])
@@ -184,21 +203,26 @@ class Watch:
 
     def _fail(self, job: Any) -> None:
         rule, names, _ = self.jobs.pop(job.jobid, (job.rule_name, "", 0.0))
-        if job.jobid in self.failed:  # said when it failed, and again at the end
+        if job.jobid in self.failed:  # told when it failed, and by Snakemake again at the end
             return
-        self.failed.add(job.jobid)
         self.console.print(Text(f"failed: {rule} {names}".strip(), "bold red"), soft_wrap=True)
+        reason = f"{rule} {names} failed".strip()
         for path in job.log or ():
-            for line in tail(Path(path)):
+            lines = tail(Path(path))
+            for line in lines:
                 self.console.print(Text(f"  {line}"), soft_wrap=True)
             self.console.print(Text(f"  log: {path}", "dim"), soft_wrap=True)
+            reason = lines[-1] if lines and ERROR in lines[-1] else f"{reason}; see {path}"
+        self.failed[job.jobid] = reason
 
     def _say(self, record: logging.LogRecord) -> None:
         message = record.getMessage().strip()
+        if any(part in message for part in CONFIG_UNREAD):
+            message = config_mistake(sys.argv) or message
         for part, line in ONE_LINE.items():
             if part in message:
                 message = line
-        if message.startswith(("Exiting because a job", "Error in rule")) or not message:
+        if message.startswith(SAID_BETTER) or not message:
             return
         style = "red" if record.levelno >= logging.ERROR else ""
         self.console.print(Text(message, style), soft_wrap=True)
@@ -207,12 +231,35 @@ class Watch:
         """The bars, and below them the jobs that run."""
         now = time.monotonic()
         lines = [
-            Text(f"{rule} {names} {span(now - began)}", "dim", no_wrap=True, overflow="ellipsis")
+            Text(f"{rule} {names} ({span(now - began)})", no_wrap=True, overflow="ellipsis")
             for rule, names, began in self.jobs.values()
         ]
         left = self.left()
         time_left = "" if left is None else f", about {span(left)} left"
         return Group(self.bars, *lines, Text(f"{span(now - self.began)} so far{time_left}"))
+
+
+def config_mistake(words: Sequence[str]) -> str | None:
+    """What is wrong with the config files of a command line, which Snakemake tells by a traceback.
+
+    None when there is nothing wrong with them.
+    """
+    begin = next((n for n, word in enumerate(words) if word.startswith("--configfile")), len(words))
+    first = words[begin].partition("=")[2:] if begin < len(words) else ()
+    rest = takewhile(lambda word: not word.startswith("-"), words[begin + 1 :])
+    for file in [*filter(None, first), *rest]:
+        if not Path(file).exists() and not Path(file).suffix:
+            return (
+                f"config: there is no file {file}; Snakemake takes every word behind --configfile "
+                "for one, so name targets before it"
+            )
+        try:
+            document = read_document(Path(file))
+        except UserError as error:
+            return "\n".join(f"config: {line}" for line in str(error).splitlines())
+        if not isinstance(document.values, dict):
+            return f"config: {file}: should be a mapping of sections"
+    return None
 
 
 def tail(log: Path) -> list[str]:
@@ -221,7 +268,7 @@ def tail(log: Path) -> list[str]:
         lines = log.read_text(errors="replace").splitlines()
     except OSError:
         return []
-    errors = [line for line in lines if re.match(r"ecodiff: error: ", line)]
+    errors = [line for line in lines if line.startswith(ERROR)]
     return errors[-1:] or lines[-TAIL:]
 
 

@@ -11,14 +11,26 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from ecodiff.models.identity import LATENTS, Origin
 from ecodiff.toys import text
 
 
-def write_shard(folder: Path, index: list[int], images: np.ndarray, z0: torch.Tensor) -> Path:
+def write_shard(
+    folder: Path,
+    index: list[int],
+    images: np.ndarray,
+    z0: torch.Tensor,
+    prompts: list[str] | None = None,
+    **origin: object,
+) -> Path:
+    """A shard; the seed of a prompt is its index, and `origin` changes what it was made of."""
     folder.mkdir(parents=True)
+    made = {"model": "m::", "dense": "m::", "call": {}, "seeds": index}
+    made["prompts"] = prompts or [f"prompt {number}" for number in index]
+    metadata = Origin(**{**made, **origin}).metadata()
     for number, image in zip(index, images, strict=True):
         Image.fromarray(image).save(folder / f"{number:05d}.png")
-    save_file({"index": torch.tensor(index), "z0": z0}, folder / "latents.safetensors")
+    save_file({"index": torch.tensor(index), "z0": z0}, folder / LATENTS, metadata=metadata)
     return folder
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from ecodiff.config.variants import Variant
+from ecodiff.models.identity import LATENTS, Origin
 from ecodiff.report.results import Results
 from ecodiff.toys import world
 
@@ -21,6 +22,7 @@ PRUNED = [
     *(f"magnitude-{p}" for p in (10, 20, 30)),
     *(f"random-{p}" for p in (10, 20, 30)),
 ]
+SHARD = 5  # prompts
 HARM = {"dense": 0.0, "ecodiff": 0.05, "magnitude": 0.6, "random": 1.0}
 UNET = [
     (f"{block}.{i}", d)
@@ -58,7 +60,8 @@ def write_run(
     prompts = folder / "prompts" / "evaluation.parquet"
     prompts.parent.mkdir(parents=True)
     captions = [scene.caption for scene in scenes]
-    pd.DataFrame({"index": range(10), "prompt": captions}).to_parquet(prompts)
+    table = {"index": range(10), "prompt": captions, "seed": range(10), "image": [None] * 10}
+    pd.DataFrame(table).to_parquet(prompts)
     for model in models:
         names = ["dense", *pruned]
         cost, quality = {}, {}
@@ -69,7 +72,7 @@ def write_run(
         (folder / model / "quality.json").write_text(json.dumps(quality))
         (folder / model / "efficiency.json").write_text(json.dumps(cost))
         _mask_cost().to_csv(folder / model / "mask_cost.csv", index=False)
-    return Results(folder, {model: ["dense", *pruned] for model in models}, prompts)
+    return Results(folder, {model: ["dense", *pruned] for model in models}, prompts, SHARD)
 
 
 def harm_of(variant: Variant) -> float:
@@ -96,8 +99,10 @@ def _variant(
         "latent_error": 1.3 * harm,
         "latent_error_median": 0.1 * harm,
     }
+    for first in range(0, len(scenes), SHARD):
+        write_latents(folder, variant, range(first, first + SHARD), scenes)
     for index, scene in enumerate(scenes):
-        path = folder / variant.name / "images" / str(index // 5) / f"{index:05d}.png"
+        path = folder / variant.name / "images" / str(index // SHARD) / f"{index:05d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         noisy = world.render(scene) + rng.normal(0, 200 * harm, (64, 64, 3))
         Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8)).save(path)
@@ -123,6 +128,22 @@ def _variant(
     if variant.method == "ecodiff":
         _learning(variant, rng).to_csv(mask / "history.csv", index=False)
     return quality
+
+
+def write_latents(
+    folder: Path,
+    variant: Variant,
+    index: range,
+    scenes: list[world.Scene],
+    **origin: object,
+) -> None:
+    """What the report reads of a shard's latents; `origin` changes what they were made of."""
+    shard = folder / variant.name / "images" / str(index[0] // SHARD)
+    shard.mkdir(parents=True, exist_ok=True)
+    made = {"model": f"{variant.name}::", "dense": "dense::", "call": {}, "seeds": [*index]}
+    made["prompts"] = [scenes[i].caption for i in index]
+    tensors = {"index": np.array(index)}
+    save_file(tensors, shard / LATENTS, metadata=Origin(**{**made, **origin}).metadata())
 
 
 def _learning(variant: Variant, rng: np.random.Generator) -> pd.DataFrame:

@@ -1,7 +1,11 @@
 """The record of the dense model: exact, batch-free, and never of another model."""
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from tiny import CALLS, tiny
 
 from ecodiff.calibrate import Calibration, Grams, calibrate, gather_grams
@@ -153,7 +157,7 @@ def test_activations_that_are_not_finite_are_named():
     calibration = calibrate(pipe, PROMPTS, SEEDS, CALLS["flux"], batch_size=3)
     linear = denoiser_of(pipe).get_submodule("transformer_blocks.0.ff.net.2")
     hook = linear.register_forward_pre_hook(lambda _, args: (args[0] * torch.inf,))
-    with pytest.raises(UserError, match=r"inputs of \S+ are not finite; try dtype"):
+    with pytest.raises(UserError, match=r"inputs of \S+ are not finite; it is float32 already"):
         gather_grams(pipe, discover(pipe), calibration, batch_size=3)
     hook.remove()
 
@@ -163,3 +167,50 @@ def test_grams_refuse_a_calibration_of_another_model():
     calibration = calibrate(pipe, PROMPTS, SEEDS, CALLS["flux"], batch_size=3)
     with pytest.raises(UserError, match="another model"):
         gather_grams(tiny("flux", seed=1), discover(pipe), calibration, batch_size=3)
+
+
+def test_a_record_serves_the_same_weights_in_another_dtype(recorded, tmp_path):
+    pipe, calibration = recorded
+    half = copy.deepcopy(pipe).to(torch.bfloat16)
+    grams = gather_grams(half, discover(half), calibration, batch_size=3)
+    dense = gather_grams(pipe, discover(pipe), calibration, batch_size=3)
+    for name, gram in dense.gram.items():
+        assert (grams.gram[name] - gram).norm() < 0.1 * gram.norm()
+
+
+def test_what_is_of_another_model_is_named_with_it(recorded, tmp_path):
+    pipe, calibration = recorded
+    grams = gather_grams(pipe, discover(pipe), calibration, batch_size=3)
+    family = "sdxl" if hasattr(pipe, "unet") else "flux"
+    tiny(family, seed=1).save_pretrained(tmp_path / "other")
+    other = DiffusionPipeline.from_pretrained(tmp_path / "other")
+    for one in (calibration, grams):
+        one.save(tmp_path / "record")
+        with pytest.raises(UserError, match=r"record: .* another model than .*other"):
+            type(one).load(tmp_path / "record").check(other)
+
+
+def test_a_record_with_latents_that_are_not_finite_is_refused(recorded, tmp_path):
+    _, calibration = recorded
+    z0 = calibration.z0.clone()
+    z0[1].view(-1)[0] = torch.inf
+    replace(calibration, z0=z0).save(tmp_path / "record")
+    with pytest.raises(UserError, match=r"record: latents of seeds \[12\] are not finite"):
+        Calibration.load(tmp_path / "record")
+
+
+def test_a_record_of_an_older_version_is_refused(recorded):
+    pipe, calibration = recorded
+    with pytest.raises(UserError, match="calibration: was made by an older ecodiff"):
+        replace(calibration, fingerprint="0123456789abcdef").check(pipe)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "advice"),
+    [(torch.float32, "it is float32 already"), (torch.bfloat16, "try dtype float32")],
+)
+def test_float32_is_no_advice_where_it_is_float32(dtype, advice):
+    pipe = tiny("flux").to(dtype)
+    pipe.transformer.proj_out.register_forward_hook(lambda _, args, out: out * torch.inf)
+    with pytest.raises(UserError, match=advice):
+        calibrate(pipe, PROMPTS, SEEDS, CALLS["flux"], batch_size=3)

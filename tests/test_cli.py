@@ -47,7 +47,7 @@ def test_an_error_of_the_users_is_one_line_and_status_2(tmp_path, capsys):
     assert ecodiff(*words, "--settings", "{source: shapeworld, count: 0}") == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert error.startswith("ecodiff: error: count: ")
+    assert error.startswith("ecodiff: error: --settings: count: ")
     assert not list(tmp_path.iterdir())
 
 
@@ -198,6 +198,54 @@ def test_starting_the_command_needs_no_torch():
     assert not {"torch", "diffusers"} & loaded_by("ecodiff.cli")
 
 
+@pytest.mark.parametrize(
+    ("given", "error"),
+    [
+        (["dense"], "'dense' is not name=value"),
+        (["dense="], "'dense=' is not name=value"),
+        (["=a"], "'=a' is not name=value"),
+        (["dense=a", "b=c", "dense=d"], "dense is given twice: a and d"),
+        (["b=c", "dense=a"], "the first one must be dense="),
+    ],
+)
+@pytest.mark.parametrize("verb", ["quality", "efficiency"])
+def test_variants_are_named_once_and_the_dense_one_first(verb, given, error, tmp_path, capsys):
+    words = [word for variant in given for word in ("--variant", variant)]
+    call = ("--call", CALL) if verb == "efficiency" else ()
+    table = make_prompts(tmp_path, count=1)
+    assert ecodiff("evaluate", verb, table, tmp_path / "out", *words, *call) == 2
+    assert f"--variant: {error}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "settings", "key"),
+    [
+        (["efficiency", "TABLE", "OUT", "--variant", "dense=x"], "batch_size", "efficiency"),
+        (["mask-cost", "x", "TABLE", "OUT"], "batch", "mask_cost"),
+    ],
+)
+def test_a_batch_is_as_large_as_it_says_or_refused(words, settings, key, tmp_path, capsys):
+    places = {"TABLE": make_prompts(tmp_path, count=4), "OUT": tmp_path / "out"}
+    words = [places.get(word, word) for word in words]
+    given = ("--call", CALL, "--settings", f"{settings}: 5")
+    assert ecodiff("evaluate", *words, *given) == 2
+    error = capsys.readouterr().err
+    assert f"evaluate.{key}.{settings}: 5, but {places['TABLE']} has 4 prompts" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_masks_in_folders_of_one_name_are_refused(tmp_path, capsys):
+    from ecodiff.mask import Mask
+
+    paths = [tmp_path / side / "ecodiff-20/mask.safetensors" for side in "ab"]
+    for path in paths:
+        Mask({}, {}, "m::").save(path)
+    masks = [word for path in paths for word in ("--mask", path)]
+    words = ("evaluate", "mask-error", "x", "y", tmp_path / "out", *masks, "--sparsity", 0.1)
+    assert ecodiff(*words) == 2
+    assert f"{paths[1]} and {paths[0]} are both called ecodiff-20" in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory):
     """All stages on a tiny pipeline, one after another."""
@@ -323,3 +371,59 @@ def test_one_mask_serves_another_sparsity(stages):
     assert all(torch.equal(first.scores[name], cut.scores[name]) for name in first.scores)
     assert cut.info["sparsity"] == pytest.approx(0.1, abs=0.01)
     assert cut.info["scored_for"] == 0.2
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    """A model of the same shapes as the one of `stages`."""
+    from tiny import tiny_sdxl
+
+    folder = tmp_path_factory.mktemp("other") / "other"
+    tiny_sdxl(seed=1).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("prune", "OTHER", "mask.safetensors", "OUT"),
+        ("prune", "dense", "mask.safetensors", "OUT", "--load", "{device: cpu, dtype: bfloat16}"),
+        ("grams", "OTHER", "calibration.safetensors", "OUT"),
+        ("mask", "OTHER", "OUT", "--method", "wanda", "--percent", "20", "--calibration", "RECORD"),
+        (
+            "retrain",
+            "OTHER",
+            "calibration.safetensors",
+            "OUT",
+            "--settings",
+            "{steps: 1, batch: 2}",
+        ),
+        ("evaluate", "mask-error", "OTHER", "RECORD", "OUT", "--mask", "MASK", "--sparsity", "0.1"),
+    ],
+    ids=lambda words: "-".join(words[:2]),
+)
+def test_what_is_of_another_model_is_one_line_with_both_names(
+    words, stages, other, tmp_path, capsys
+):
+    places = {"OTHER": other, "OUT": tmp_path / "out", "dense": stages / "dense"}
+    places |= {"RECORD": stages / "calibration.safetensors", "MASK": stages / "mask.safetensors"}
+    places |= {name: stages / name for name in ("mask.safetensors", "calibration.safetensors")}
+    given = [places.get(word, word) for word in words]
+    status = ecodiff(*given, *(() if "--load" in words else CPU))
+    if "OTHER" not in words:
+        assert status == 0  # the same weights in another dtype
+        return
+    assert status == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "another model than" in error
+    assert str(other) in error and str(stages) in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_efficiency_of_a_variant_of_another_model_is_refused(stages, other, tmp_path, capsys):
+    words = ("evaluate", "efficiency", stages / "p.parquet", tmp_path / "out", "--call", CALL)
+    variants = ("--variant", f"dense={other}", "--variant", f"ecodiff-20={stages / 'pruned'}")
+    assert ecodiff(*words, *variants, "--settings", "{repeats: 1, warmup: 0}", *CPU) == 2
+    assert f"pruned: was pruned from another model than {other}" in capsys.readouterr().err

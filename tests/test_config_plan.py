@@ -9,11 +9,17 @@ from imports import loaded_by
 from ecodiff.config.plan import Plan
 from ecodiff.config.run import load_config
 
+CALL = {"num_inference_steps": 1, "height": 8, "width": 8}
+VARIANTS = [{"method": "random", "sparsities": [0.1]}]
+
 
 def planned(**changes):
     """The plan of a small run, with some sections changed."""
     sections = {
         "run": "small",
+        "mask": {"batch": 2},
+        "retrain": {"lora": {"batch": 2}},
+        "evaluate": {"mask_cost": None},
         "models": {
             "a": {"source": "org/a", "call": {"num_inference_steps": 1, "height": 8, "width": 8}},
             "b": {"source": "folder", "call": {"num_inference_steps": 1, "height": 8, "width": 8}},
@@ -25,7 +31,7 @@ def planned(**changes):
         ],
         "prompts": {
             "calibration": {"source": "shapeworld", "count": 3},
-            "evaluation": {"source": "shapeworld", "count": 10},
+            "evaluation": {"source": "shapeworld", "count": 10, "seed": 100},
         },
     }
     return Plan(load_config({**sections, **changes}))
@@ -35,7 +41,7 @@ def planned(**changes):
     ("sparsities", "mask"), [("shared", "ecodiff-20"), ("per-sparsity", "ecodiff-10")]
 )
 def test_one_mask_serves_all_sparsities_where_learning_is_shared(sparsities, mask):
-    plan = planned(mask={"sparsities": sparsities})
+    plan = planned(mask={"sparsities": sparsities, "batch": 2})
     assert plan.mask("a", "ecodiff-10") == f"results/small/a/masks/{mask}/mask.safetensors"
 
 
@@ -52,7 +58,7 @@ def test_methods_that_do_not_learn_are_scored_once():
 
 
 def test_a_seed_in_a_masks_name_is_that_of_its_settings():
-    plan = planned(mask={"seed": 5})
+    plan = planned(mask={"seed": 5, "batch": 2})
     assert plan.mask_settings("a", "ecodiff-20").seed == 5
     assert plan.mask_settings("a", "ecodiff-20-s7").seed == 7
     assert plan.aim("ecodiff-20-s7")[-1] == json.dumps({"seed": 7})
@@ -86,7 +92,7 @@ def test_a_retrained_variant_starts_from_its_pruned_one():
 
 
 def test_retraining_may_have_prompts_of_its_own():
-    plan = planned(retrain={"lora": {"prompts": "evaluation"}})
+    plan = planned(retrain={"lora": {"prompts": "evaluation", "batch": 2}}, allow_overlap=True)
     data = plan.retraining_data("a", "ecodiff-20-comp-lora")
     assert data == "results/small/a/evaluation.safetensors"
     assert planned().retraining_data("a", "ecodiff-20-comp-lora") == plan.calibration("a")
@@ -114,6 +120,19 @@ def test_a_folder_is_read_from_its_files_and_a_hub_model_from_none(tmp_path, mon
     assert plan.model_files("b", "ecodiff-10") == ["results/small/b/ecodiff-10/model"]
 
 
+def test_a_single_file_is_read_from_itself(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    models = {"a": {"source": "model.safetensors", "call": CALL}}
+    assert planned(models=models, variants=VARIANTS).dense_files("a") == ["model.safetensors"]
+
+
+def test_a_tilde_is_the_home_of_who_plans(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    models = {"a": {"source": "~/model", "call": CALL}}
+    assert planned(models=models, variants=VARIANTS).source("a") == f"{tmp_path}/model"
+
+
 def test_figures_are_those_that_can_be_filled():
     assert "learning" in planned().figures()
     plain = [{"method": "random", "sparsities": [0.1]}]
@@ -122,10 +141,10 @@ def test_figures_are_those_that_can_be_filled():
 
 
 def test_an_ablation_is_told_what_it_changes():
-    sweep = {"prompts": "evaluation", "vary": {"batch": [2], "lr": [0.3], "sparsity": [0.4]}}
-    plan = planned(ablations=sweep)
-    *_, changes = plan.ablation_aim("a", "batch-2")
-    assert json.loads(changes) == {"batch": 2}
+    sweep = {"prompts": "evaluation", "vary": {"batch": [1], "lr": [0.3], "sparsity": [0.4]}}
+    plan = planned(ablations=sweep, allow_overlap=True)
+    *_, changes = plan.ablation_aim("a", "batch-1")
+    assert json.loads(changes) == {"batch": 1}
     *_, changes = plan.ablation_aim("a", "lr-0.3")
     assert json.loads(changes) == {"lr": {"heads": 0.3, "neurons": 0.3, "modulation": 0.3}}
     assert plan.ablation_aim("a", "sparsity-0.4") == ["--method", "ecodiff", "--percent", "40"]
@@ -136,12 +155,37 @@ def test_what_a_job_reads_of_the_saved_config_is_what_was_planned(tmp_path):
     from ecodiff.cli.common import Source
     from ecodiff.config.sections import MaskSettings
 
-    plan = planned(mask={"iterations": 7, "seed": 1})
+    plan = planned(mask={"iterations": 7, "seed": 1, "batch": 2})
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(plan.config.model_dump(mode="json")))
     *_, changes = plan.aim("ecodiff-20-s3")
     found = Source(path, "a").of_model(MaskSettings, changes, "mask")
     assert found == plan.mask_settings("a", "ecodiff-20-s3")
+
+
+def test_prompts_are_read_from_their_files_and_judged_by_their_pictures(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.json").touch()
+    (tmp_path / "val").mkdir()
+    real = {"source": "coco", "path": "c.json", "images": "val", "count": 2, "seed": 50}
+    shapes = {"source": "shapeworld", "count": 2}
+    plan = planned(prompts={"calibration": shapes, "evaluation": real})
+    assert plan.prompt_sets(drawn=True) == ["calibration"]
+    assert plan.prompt_files("evaluation") == ["c.json", "val"]
+    assert plan.real_pictures() == ["val"]
+    assert planned().real_pictures() == ["results/small/prompts/evaluation"]
+
+
+def test_what_is_judged_on_knows_what_is_learned_from():
+    more = {"source": "shapeworld", "count": 3, "seed": 400}
+    sets = {
+        "calibration": {"source": "shapeworld", "count": 3},
+        "evaluation": {"source": "shapeworld", "count": 10, "seed": 100},
+        "more": more,
+        "idle": {**more, "seed": 500},
+    }
+    plan = planned(prompts=sets, retrain={"lora": {"prompts": "more", "batch": 2}})
+    assert plan.learned_tables() == [plan.prompts("calibration"), plan.prompts("more")]
 
 
 def test_planning_needs_no_torch():

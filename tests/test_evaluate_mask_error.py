@@ -1,6 +1,7 @@
 import copy
 
 import pytest
+import torch
 from tiny import CALLS, tiny
 
 from ecodiff import prune
@@ -43,3 +44,22 @@ def test_a_record_of_another_model_is_refused():
     record = calibrate(tiny("flux", 1), PROMPTS, [0, 1, 2], CALLS["flux"], batch_size=3)
     with pytest.raises(UserError, match="another model"):
         mask_error(tiny("flux"), record, {}, [0.1], batch_size=2)
+
+
+def test_a_mask_of_another_model_is_refused_before_any_is_measured():
+    pipe = tiny("flux")
+    record = calibrate(pipe, PROMPTS, [0, 1, 2], CALLS["flux"], batch_size=3)
+    masks = {str(s): make_mask(tiny("flux", s), "random", 0.1)[0] for s in (0, 1)}
+    pipe.transformer.register_forward_pre_hook(lambda *_: pytest.fail("measured"))
+    with pytest.raises(UserError, match="mask: was made of another model"):
+        mask_error(pipe, record, masks, [0.1], batch_size=2)
+
+
+def test_latents_that_are_not_finite_are_no_error_of_a_mask():
+    pipe = tiny("flux")
+    record = calibrate(pipe, PROMPTS, [0, 1, 2], CALLS["flux"], batch_size=3)
+    mask = make_mask(pipe, "random", 0.1)[0]
+    hook = pipe.transformer.proj_out.register_forward_hook(lambda *args: args[-1] * torch.nan)
+    with pytest.raises(UserError, match=r"mask at 0\.1: errors of prompts \[0, 1, 2\]"):
+        mask_error(pipe, record, {"a": mask}, [0.1], batch_size=2)
+    hook.remove()

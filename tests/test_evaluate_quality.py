@@ -3,6 +3,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from urllib.error import URLError
 
 import numpy as np
 import open_clip
@@ -62,10 +63,17 @@ class Gallery:
         self.dense = self.write("dense", self.true, self.z0)
         self.pruned = self.write("pruned", self.noisy, self.z1)
 
-    def write(self, name: str, images: np.ndarray, z0: torch.Tensor) -> Samples:
-        index = list(range(COUNT))
+    def write(self, name: str, images: np.ndarray, z0: torch.Tensor, **origin: object) -> Samples:
+        index, captions = list(range(COUNT)), self.prompts["prompt"].tolist()
         shards = [
-            write_shard(self.folder / name / str(i), index[rows], images[rows], z0[rows].clone())
+            write_shard(
+                self.folder / name / str(i),
+                index[rows],
+                images[rows],
+                z0[rows].clone(),
+                captions[rows],
+                **origin,
+            )
             for i, rows in enumerate((slice(0, 7), slice(7, COUNT)))
         ]
         return Samples(shards[::-1])
@@ -180,7 +188,8 @@ def test_captions_of_one_and_of_two_objects_are_counted_apart(
 
 def test_other_captions_have_no_scene_accuracy(gallery: Gallery) -> None:
     gallery.prompts.loc[4, "prompt"] = "a photo of a dog"
-    judged = Judge(gallery.prompts, gallery.dense, gallery.settings)(gallery.dense)
+    dense = gallery.write("dogs", gallery.true, gallery.z0)
+    judged = Judge(gallery.prompts, dense, gallery.settings)(dense)
     assert judged["scene_accuracy"] is None
     assert judged["scene_accuracy_one"] is judged["scene_accuracy_two"] is None
 
@@ -223,6 +232,18 @@ def test_inception_features_have_2048_dimensions(monkeypatch: pytest.MonkeyPatch
     assert asked == [2048]
 
 
+def test_weights_of_inception_that_cannot_be_had_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def offline(feature: int) -> None:
+        raise URLError("no network")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(features, "FrechetInceptionDistance", offline)
+    with pytest.raises(UserError, match=r"6726825d\.pth or fetched .*no network.*features: clip"):
+        features.inception()
+
+
 def test_an_error_of_a_metric_is_not_swallowed(
     gallery: Gallery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -237,13 +258,51 @@ def test_an_error_of_a_metric_is_not_swallowed(
 
 def test_pictures_of_other_prompts_are_refused(gallery: Gallery) -> None:
     half = Samples([gallery.folder / "pruned" / "0"])
-    with pytest.raises(UserError, match=r"prompts \[7, 8, 9, 10, 11\]"):
+    with pytest.raises(UserError, match=r"pruned/0: lacks prompts \[7, 8, 9, 10, 11\]"):
         Judge(gallery.prompts, gallery.dense, gallery.settings)(half)
+
+
+def test_another_table_of_the_same_length_is_refused(gallery: Gallery) -> None:
+    shuffled = gallery.prompts.assign(prompt=gallery.captions[::-1])
+    with pytest.raises(UserError, match=r"dense/.*prompt 0 is .* in other\.parquet"):
+        Judge(shuffled, gallery.dense, gallery.settings, table="other.parquet")
+
+
+def test_a_table_with_an_index_twice_is_refused(gallery: Gallery) -> None:
+    twice = pd.concat([gallery.prompts, gallery.prompts[3:4]])
+    with pytest.raises(UserError, match="the prompt table: index 3 is there twice"):
+        Judge(twice, gallery.dense, gallery.settings)
+
+
+def test_a_variant_of_another_dense_model_is_refused(gallery: Gallery) -> None:
+    other = gallery.write("other", gallery.noisy, gallery.z1, model="p::", dense="q::")
+    judge = Judge(gallery.prompts, gallery.dense, gallery.settings)
+    with pytest.raises(UserError, match="pruned from another dense model"):
+        judge(other)
+
+
+@pytest.mark.parametrize("variant", ["dense", "pruned"])
+def test_latents_that_are_not_finite_never_reach_a_table(gallery: Gallery, variant: str) -> None:
+    z0 = gallery.z0.clone()
+    z0[2, 0, 0, 0] = torch.nan
+    broken = gallery.write("broken", gallery.noisy, z0)
+    dense = broken if variant == "dense" else gallery.dense
+    judge = Judge(gallery.prompts, dense, gallery.settings)
+    with pytest.raises(UserError, match=r"broken/.*latents of prompts \[2\] are not finite"):
+        judge(gallery.pruned if variant == "dense" else broken)
+
+
+def test_a_metric_that_is_not_finite_is_named(gallery: Gallery) -> None:
+    """Latents that are all the same have no variance to be relative to."""
+    same = torch.zeros_like(gallery.z0)
+    dense = gallery.write("same", gallery.true, same)
+    with pytest.raises(UserError, match=r"pruned/.*latent_error against .*same/.* is inf"):
+        Judge(gallery.prompts, dense, gallery.settings)(gallery.pruned)
 
 
 def test_a_missing_real_image_is_named(gallery: Gallery) -> None:
     Path(gallery.prompts["image"][3]).unlink()
-    with pytest.raises(UserError, match=r"real3\.png cannot be read"):
+    with pytest.raises(UserError, match=r"real3\.png: there is no such file"):
         Judge(gallery.prompts, gallery.dense, gallery.settings)
 
 

@@ -10,7 +10,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny import CALLS, tiny, tiny_sdxl
 
+from ecodiff import prune
 from ecodiff.generate import generate
+from ecodiff.models.identity import read_origin
+from ecodiff.models.pipelines import fingerprint
+from ecodiff.models.structures import discover
 from ecodiff.runtime.errors import UserError
 
 
@@ -68,3 +72,31 @@ def test_latents_that_are_not_finite_stop_the_job_and_leave_nothing(tmp_path: Pa
     with pytest.raises(UserError, match=r"prompts \[0, 1\] are not finite"):
         generate(pipe, prompts(0, 2), CALLS["sdxl"], 2, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_pictures_that_are_not_finite_name_their_prompts(tmp_path: Path) -> None:
+    pipe = tiny_sdxl()
+    with torch.no_grad():
+        pipe.vae.decoder.conv_out.bias.fill_(torch.nan)
+    with pytest.raises(
+        UserError, match=r"pictures of prompts \[4, 5\] are not finite; the model's own"
+    ):
+        generate(pipe, prompts(4, 2), CALLS["sdxl"], 2, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_index_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    rows = prompts(0, 3).assign(index=[0, 1, 1])
+    with pytest.raises(UserError, match="index 1 is in the table twice"):
+        generate(tiny_sdxl(), rows, CALLS["sdxl"], 2, tmp_path / "out")
+
+
+def test_a_shard_says_what_it_was_made_of(tmp_path: Path) -> None:
+    pipe, rows = tiny("flux"), prompts(3, 2)
+    dense = fingerprint(pipe)
+    prune(pipe, {s.name: torch.arange(s.units) % 2 == 0 for s in discover(pipe)})
+    generate(pipe, rows, CALLS["flux"], 2, tmp_path / "out")
+    index, origin = read_origin(tmp_path / "out")
+    assert (index, origin.prompts, origin.seeds) == ([3, 4], [*rows["prompt"]], [103, 104])
+    assert (origin.dense, origin.call) == (dense, CALLS["flux"])
+    assert origin.model == fingerprint(pipe) != dense

@@ -392,3 +392,10 @@ def test_a_stale_calibration_is_refused(flux):
     _, calibration = flux
     with pytest.raises(UserError, match="another model"):
         learn_mask(tiny("flux", seed=1), calibration, MaskSettings(**QUICK), 0.1)
+
+
+def test_no_prompt_is_twice_in_a_batch(flux):
+    with pytest.raises(UserError, match=r"mask\.batch: 5 prompts .* there are 4"):
+        learn_mask(*flux, MaskSettings(iterations=1, batch=5), 0.1)
+    with pytest.raises(UserError, match=r"mask\.batch: 3 prompts .* there are 2"):
+        learner(flux, batch=3, prompts=2)

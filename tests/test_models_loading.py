@@ -32,9 +32,14 @@ def test_a_saved_pipeline_loads_back(tmp_path):
     )
 
 
-@pytest.mark.parametrize("source", ["no-such-folder", "/no/such/folder/here"])
-def test_a_missing_source_is_named(source):
-    with pytest.raises(UserError, match=source):
+@pytest.mark.parametrize(
+    "source", ["no-such-folder", "/no/folder", "./models/sdxl", "../sdxl", "~/sdxl", "mine/sdxl"]
+)
+def test_a_missing_folder_is_not_sought_on_the_hub(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine").mkdir()
+    monkeypatch.setattr(DiffusionPipeline, "load_config", lambda *_, **__: pytest.fail("sought"))
+    with pytest.raises(UserError, match=f"source: {source} is neither a hub id"):
         loading.load_pipeline(source)
 
 
@@ -63,6 +68,18 @@ def test_an_unknown_dtype_lists_the_known_ones():
         loading.load_pipeline("owner/name", dtype="int8")
 
 
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"device": "banana"}, "device: banana is not one of auto, cpu"),
+        ({"device_map": "banana"}, "device_map: 'banana' is not one of balanced, "),
+    ],
+)
+def test_an_unknown_place_lists_the_known_ones(options, line):
+    with pytest.raises(UserError, match=line):
+        loading.load_pipeline("owner/name", **options)
+
+
 def answers(kind):
     """An error of the hub's client, without the response that it would come with."""
     return kind.__new__(kind, "no")
@@ -83,7 +100,7 @@ def test_what_the_hub_refuses_comes_with_what_helps(monkeypatch, kind, line):
         except kind as error:
             raise OSError("Cannot load model") from error  # as diffusers does
 
-    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", refuse)
+    monkeypatch.setattr(DiffusionPipeline, "load_config", refuse)
     with pytest.raises(UserError, match=line) as caught:
         loading.load_pipeline("owner/name")
     assert "\n" not in str(caught.value)
@@ -95,18 +112,34 @@ def test_offline_names_the_command_that_fetches(monkeypatch):
         loading.load_pipeline("owner/missing")
 
 
-def test_hub_options_reach_diffusers(monkeypatch):
+def test_hub_options_reach_the_download(monkeypatch, tmp_path):
     asked = {}
 
-    def read(source, **options):
+    def fetch(source, **options):
         asked.update(options, source=source)
-        return tiny_sdxl()
+        tiny_sdxl().save_pretrained(tmp_path, variant="fp16")
+        return tmp_path
 
-    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", read)
-    loading.load_pipeline("owner/name", revision="abc", variant="fp16", device_map="balanced")
+    on_the_hub(monkeypatch, tiny_sdxl())
+    monkeypatch.setattr(DiffusionPipeline, "download", fetch)
+    pipe = loading.load_pipeline("owner/name", revision="abc", variant="fp16", encoders=False)
     wanted = {"source": "owner/name", "revision": "abc", "variant": "fp16"}
-    wanted |= {"device_map": "balanced", "dtype": torch.float32, "use_safetensors": True}
-    assert asked == wanted
+    left_out = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    assert asked == wanted | dict.fromkeys(left_out) | {"use_safetensors": True}
+    assert pipe.text_encoder is None
+
+
+def on_the_hub(monkeypatch, pipe):
+    """As if the hub had this pipeline's model_index.json."""
+    read = DiffusionPipeline.load_config
+    index = {"_class_name": type(pipe).__name__}
+    index |= {k: v for k, v in pipe.config.items() if isinstance(v, tuple)}
+    index = json.loads(json.dumps(index))
+    monkeypatch.setattr(
+        DiffusionPipeline,
+        "load_config",
+        lambda source, **options: index if source == "owner/name" else read(source, **options),
+    )
 
 
 @pytest.mark.parametrize("make", [tiny_sdxl, tiny_flux])

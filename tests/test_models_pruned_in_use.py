@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +26,7 @@ from tiny import CALLS, tiny
 import ecodiff
 from ecodiff.models.pipelines import denoise, encode, starting_noise
 from ecodiff.models.pruned import Pruned
-from ecodiff.models.structures import denoiser_of
+from ecodiff.models.structures import count_parameters, denoiser_of
 from ecodiff.runtime.errors import UserError
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -161,6 +163,22 @@ def test_the_scripts_of_the_docs_run(tmp_path):
     without = {"PYTHONPATH": str(tmp_path / "none")}
     run(tmp_path, "load_with_diffusers.py", "small", "drawn.png", **without)
     assert Image.open(tmp_path / "drawn.png").size == (64, 64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("toy", ["toy-sdxl", "toy-flux"])
+def test_the_script_prunes_the_shipped_toys(toy, tmp_path, monkeypatch):
+    (tmp_path / "prompts.txt").write_text("a small red ring on navy\n")
+    short = partial(ecodiff.learn_mask, settings={"iterations": 1})
+    monkeypatch.setattr(ecodiff, "learn_mask", short)
+    model, prompts, small = DOCS.parent / "resources/toys" / toy, "prompts.txt", tmp_path / "small"
+    words = [str(word) for word in (model, tmp_path / prompts, 1, small)]
+    monkeypatch.setattr(sys, "argv", ["prune_your_own.py", *words])
+    runpy.run_path(DOCS / "prune_your_own.py")
+    before, after = (
+        count_parameters(denoiser_of(ecodiff.load(folder))) for folder in (model, small)
+    )
+    assert after == pytest.approx(0.8 * before, rel=0.01)
 
 
 def run(folder, script, *words, **environment):

@@ -266,12 +266,12 @@ def edit_weights(folder, edit):
 
 def test_a_missing_tensor_is_refused(damaged):
     edit_weights(damaged, lambda state: state.pop("norm_out.linear.index"))
-    refuses(damaged, "disagree: 1 missing keys, such as norm_out.linear.index")
+    refuses(damaged, "disagree: missing tensors: norm_out.linear.index")
 
 
 def test_a_surplus_tensor_is_refused(damaged):
     edit_weights(damaged, lambda state: state.update(extra=torch.ones(1)))
-    refuses(damaged, "disagree: 1 unexpected keys, such as extra")
+    refuses(damaged, "disagree: unexpected tensors: extra")
 
 
 def edit_config(folder, **values):
@@ -304,7 +304,7 @@ def test_an_impossible_config_is_refused(damaged, record, message):
 def test_an_unknown_class_is_refused(damaged):
     file = damaged / "model_index.json"
     file.write_text(file.read_text().replace("PrunedFlux", "PrunedFlax"))
-    refuses(damaged, "unknown denoiser class ecodiff.PrunedFlax")
+    refuses(damaged, "transformer: ecodiff.PrunedFlax.* is unknown")
 
 
 def test_the_classes_are_attributes_of_the_package():

@@ -1,4 +1,4 @@
-import json
+import logging
 
 import numpy as np
 import pandas as pd
@@ -7,13 +7,25 @@ from imports import loaded_by
 from PIL import Image
 
 from ecodiff.config.sections import PromptSet
-from ecodiff.prompts import make_prompts, read_prompts, write_prompts
+from ecodiff.prompts import make_prompts, read_prompts, say_shared, write_prompts
 from ecodiff.runtime.errors import UserError
 from ecodiff.toys import checker, world
 
 
 def made(tmp_path, **settings):
     return make_prompts(PromptSet(**settings), tmp_path / "pictures")
+
+
+def refused(call, *arguments, **settings):
+    with pytest.raises(UserError) as error:
+        call(*arguments, **settings)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def table(**columns):
+    rows = {"index": [0, 1], "prompt": ["a", "b"], "seed": [5, 6], "image": [None, None]}
+    return pd.DataFrame(rows | columns)
 
 
 def test_seeds_differ_a_prompt_and_start_at_the_sets_seed(tmp_path):
@@ -41,120 +53,107 @@ def test_shapeworld_is_the_same_every_time(tmp_path):
     assert not first["prompt"].equals(other["prompt"])
 
 
-def test_a_text_file_holds_a_prompt_a_line(tmp_path):
-    (tmp_path / "p.txt").write_text("a cat\n\n  a dog \na cow\n")
-    table = made(tmp_path, source="file", path=str(tmp_path / "p.txt"), count=2)
-    assert table["prompt"].tolist() == ["a cat", "a dog"]
-    assert table["image"].isna().all()
+def test_only_shapeworld_draws_pictures(tmp_path):
+    (tmp_path / "p.txt").write_text("a\n")
+    made(tmp_path, source="file", path=str(tmp_path / "p.txt"), count=1)
+    assert not (tmp_path / "pictures").exists()
 
 
-@pytest.mark.parametrize("kind", ["csv", "parquet"])
-def test_tables_are_read_by_column(tmp_path, kind):
-    path = tmp_path / f"p.{kind}"
-    table = pd.DataFrame({"text": ["a, b", "c"], "prompt": ["no", "no"]})
-    table.to_csv(path, index=False) if kind == "csv" else table.to_parquet(path)
-    read = made(tmp_path, source="file", path=str(path), column="text", count=2)
-    assert read["prompt"].tolist() == ["a, b", "c"]
+def test_what_was_left_out_or_is_there_twice_is_logged_in_one_line(tmp_path, caplog):
+    (tmp_path / "p.csv").write_text('prompt\na\n""\nb\na\na\n"two\nlines"\n')
+    caplog.set_level(logging.INFO, "ecodiff")
+    made(tmp_path, source="file", path=str(tmp_path / "p.csv"), count=5)
+    (message,) = caplog.messages
+    assert message.endswith(
+        "p.csv: blank rows left out: 1, repeated captions: 2, captions of several lines: 1"
+    )
 
 
-def test_gcc_is_read_in_order(tmp_path):
-    (tmp_path / "gcc.tsv").write_text("one\thttp://a\ntwo \thttp://b\nthree\thttp://c\n")
-    table = made(tmp_path, source="gcc", path=str(tmp_path / "gcc.tsv"), count=2)
-    assert table["prompt"].tolist() == ["one", "two"]
+def test_nothing_is_logged_of_a_clean_file(tmp_path, caplog):
+    (tmp_path / "p.txt").write_text("a\nb\n")
+    caplog.set_level(logging.INFO, "ecodiff")
+    made(tmp_path, source="file", path=str(tmp_path / "p.txt"), count=2)
+    assert not caplog.messages
 
 
-def coco(tmp_path):
-    images = [{"id": i, "file_name": f"{i}.jpg"} for i in range(30)]
-    captions = [
-        {"id": 100 - 3 * i - n, "image_id": i, "caption": f"{i} says {n} "}
-        for i in range(30)
-        for n in range(3)
-    ]
-    path = tmp_path / "captions.json"
-    path.write_text(json.dumps({"images": images, "annotations": captions}))
-    return {"source": "coco", "path": str(path), "images": "val"}
+def test_too_few_prompts_are_refused_with_what_was_left_out(tmp_path):
+    (tmp_path / "p.txt").write_text("a\n\nb\n")
+    text = refused(made, tmp_path, source="file", path=str(tmp_path / "p.txt"), count=3)
+    assert text.startswith("prompts.count: 3 wanted, but ")
+    assert text.endswith("p.txt has 2 (blank rows left out: 1)")
 
 
-def test_coco_gives_one_caption_an_image_the_first(tmp_path):
-    table = made(tmp_path, **coco(tmp_path), count=30)
-    assert sorted(table["image"]) == sorted(f"val/{i}.jpg" for i in range(30))
-    numbers = table["image"].str.extract(r"(\d+)\.jpg")[0]
-    assert (table["prompt"] == numbers + " says 2").all()
-
-
-def test_coco_is_drawn_by_seed(tmp_path):
-    draws = [made(tmp_path, **coco(tmp_path), count=5, seed=seed) for seed in (1, 1, 2)]
-    assert draws[0].equals(draws[1])
-    assert draws[0]["image"].tolist() != draws[2]["image"].tolist()
-    assert draws[0]["image"].tolist() != [f"val/{i}.jpg" for i in range(5)]
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "image_name| comment_number| comment\n1.jpg| 0| A man , smiling .\n1.jpg| 1| no\n"
-        "2.jpg| 0| A dog .\n",
-        'raw,filename\n"[""A man , smiling ."", ""no""]",1.jpg\n"[""A dog .""]",2.jpg\n',
-    ],
-)
-def test_flickr30k_comes_in_two_layouts(tmp_path, text):
-    (tmp_path / "f.csv").write_text(text)
-    path = str(tmp_path / "f.csv")
-    table = made(tmp_path, source="flickr30k", path=path, images="img", count=2)
-    assert dict(zip(table["image"], table["prompt"], strict=True)) == {
-        "img/1.jpg": "A man , smiling .",
-        "img/2.jpg": "A dog .",
-    }
-
-
-@pytest.mark.parametrize(
-    ("content", "settings", "part"),
-    [
-        (None, {"source": "file"}, "there is no file"),
-        ("one", {"source": "file"}, "2 wanted, but"),
-        ("{}", {"source": "coco", "images": "x"}, "not a COCO captions file"),
-        ("a,b\n1,2", {"source": "flickr30k", "images": "x"}, "there are a, b"),
-    ],
-)
-def test_bad_sources_are_one_line(tmp_path, content, settings, part):
-    path = tmp_path / "source.txt"
-    if content is not None:
-        path.write_text(content)
-    with pytest.raises(UserError, match=part) as error:
-        made(tmp_path, path=str(path), count=2, **settings)
-    assert "\n" not in str(error.value)
-
-
-def test_a_missing_column_is_named(tmp_path):
-    (tmp_path / "p.csv").write_text("text\na\n")
-    with pytest.raises(UserError, match="no column 'prompt'; there are text"):
-        made(tmp_path, source="file", path=str(tmp_path / "p.csv"), count=1)
-
-
-def test_real_images_need_their_folder(tmp_path):
-    with pytest.raises(UserError, match=r"prompts\.images"):
-        made(tmp_path, **{**coco(tmp_path), "images": None}, count=1)
+def test_the_largest_seeds_stay_what_they_are(tmp_path):
+    (tmp_path / "p.txt").write_text("a\nb\n")
+    settings = {"source": "file", "path": str(tmp_path / "p.txt"), "count": 2, "seed": 2**63 - 2}
+    write_prompts(made(tmp_path, **settings), tmp_path / "t.parquet")
+    assert read_prompts(tmp_path / "t.parquet")["seed"].tolist() == [2**63 - 2, 2**63 - 1]
 
 
 def test_tables_are_read_back_in_order(tmp_path):
     table = made(tmp_path, source="shapeworld", count=4)
     write_prompts(table.iloc[::-1], tmp_path / "t.parquet")
-    pd.testing.assert_frame_equal(read_prompts(tmp_path / "t.parquet"), table, check_dtype=False)
+    pd.testing.assert_frame_equal(read_prompts(tmp_path / "t.parquet"), table)
 
 
 def test_a_set_without_images_keeps_none(tmp_path):
-    (tmp_path / "p.txt").write_text("a\n")
-    write_prompts(
-        made(tmp_path, source="file", path=str(tmp_path / "p.txt"), count=1), tmp_path / "t.parquet"
+    write_prompts(table(), tmp_path / "t.parquet")
+    assert read_prompts(tmp_path / "t.parquet")["image"].tolist() == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("columns", "says"),
+    [
+        ({"index": [0, 2.5]}, "row 1: index is 0.0, not a whole number from 0 to 2^63 - 1"),
+        ({"index": [0, -1]}, "row 2: index is -1, not a whole number from 0 to 2^63 - 1"),
+        ({"index": [3, 3]}, "row 2: index 3 is there 2 times"),
+        ({"seed": [5, 1.5]}, "row 1: seed is 5.0, not a whole number from 0 to 2^63 - 1"),
+        ({"seed": [5, None]}, "row 1: seed is 5.0, not a whole number from 0 to 2^63 - 1"),
+        ({"seed": [True, False]}, "row 1: seed is True, not a whole number from 0 to 2^63 - 1"),
+        ({"seed": ["x", "y"]}, "row 1: seed is 'x', not a whole number from 0 to 2^63 - 1"),
+        (
+            {"seed": np.array([0, 2**63], dtype=np.uint64)},
+            "row 2: seed is 9223372036854775808, not a whole number from 0 to 2^63 - 1",
+        ),
+        ({"prompt": ["a", None]}, "row 2: prompt is None, not a text"),
+        ({"prompt": ["a", " "]}, "row 2: prompt is ' ', not a text"),
+        ({"prompt": [1, 2]}, "row 1: prompt is 1, not a text"),
+        ({"prompt": [b"a", b"b"]}, "row 1: prompt is b'a', not a text"),
+        ({"image": ["x.png", ""]}, "row 2: image is '', not a picture's path or nothing"),
+        ({"image": [1, 2]}, "row 1: image is 1, not a picture's path or nothing"),
+    ],
+)
+def test_rows_of_other_values_are_named(tmp_path, columns, says):
+    path = tmp_path / "t.parquet"
+    table(**columns).to_parquet(path)
+    assert refused(read_prompts, path) == f"{path}, {says}"
+
+
+def test_a_table_needs_its_columns_and_rows(tmp_path):
+    path = tmp_path / "t.parquet"
+    table().drop(columns="seed").to_parquet(path)
+    assert refused(read_prompts, path).endswith(
+        ": no column 'seed'; there are 'index', 'prompt', 'image'"
     )
-    assert read_prompts(tmp_path / "t.parquet")["image"].isna().all()
+    table().iloc[:0].to_parquet(path)
+    assert refused(read_prompts, path) == f"{path}: has no prompts"
 
 
-def test_something_else_is_no_table(tmp_path):
+def test_what_is_no_table_is_named(tmp_path):
     (tmp_path / "t.parquet").write_text("no")
-    with pytest.raises(UserError, match="not a prompt table"):
-        read_prompts(tmp_path / "t.parquet")
+    assert "not a whole parquet file" in refused(read_prompts, tmp_path / "t.parquet")
+    assert refused(read_prompts, tmp_path / "none").endswith("none: there is no such file")
+    assert refused(read_prompts, tmp_path) == f"{tmp_path}: is a folder, not a file"
 
 
 def test_importing_prompts_needs_no_torch():
     assert not {"torch", "diffusers"} & loaded_by("ecodiff.prompts")
+
+
+def test_captions_that_models_learned_from_are_counted(caplog):
+    judged = pd.DataFrame({"prompt": ["a ring", "a square", "a ring"]})
+    say_shared(judged, pd.DataFrame({"prompt": ["a ring", "a star"]}), "calibration.parquet")
+    assert caplog.messages == ["prompts: 2 of 3 captions are in calibration.parquet too"]
+    caplog.clear()
+    say_shared(judged, pd.DataFrame({"prompt": ["a star"]}), "calibration.parquet")
+    assert not caplog.messages

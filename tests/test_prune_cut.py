@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from functools import cache
-from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import CALLS, tiny
+from tiny import CALLS, calibrated, tiny, whole_mask
 from torch import nn
 
 import ecodiff
+from ecodiff.calibrate import gather_grams
 from ecodiff.models.pipelines import denoise, encode, starting_noise
-from ecodiff.models.pruned import NoHeads, ScatterLinear
+from ecodiff.models.pruned import NoHeads, Pruned, ScatterLinear
 from ecodiff.models.structures import count_parameters, denoiser_of, discover
 from ecodiff.runtime.errors import UserError
 from ecodiff.trajectory.gates import Gates
@@ -191,12 +191,21 @@ def test_attention_knows_its_heads_and_keeps_its_query_dim():
         assert attention.query_dim == attention.to_q.in_features == query_dims[s.name]
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_what_compensates_must_be_of_the_model(groups):
+    pipe, (other, calibration) = tiny("flux"), calibrated("flux", seed=1)
+    data = gather_grams(other, discover(other), calibration, 2) if groups == 1 else calibration
+    with pytest.raises(UserError, match="another model"):
+        ecodiff.prune(pipe, {s.name: one_unit(s, 0) for s in discover(pipe)}, data)
+    assert not isinstance(denoiser_of(pipe), Pruned)
+
+
 def test_prune_takes_a_mask_by_its_kept_units():
     pipe = tiny("sdxl")
     structure = next(s for s in discover(pipe) if s.kind == "neurons")
     (consumer,) = structure.consumers
     rows = pipe.unet.get_submodule(consumer.module).out_features
-    ecodiff.prune(pipe, SimpleNamespace(kept={structure.name: one_unit(structure, 3)}))
+    ecodiff.prune(pipe, whole_mask(pipe, {structure.name: one_unit(structure, 3)}))
     assert pipe.unet.config["pruned"]["shapes"][consumer.module] == [rows, 1]
     assert pipe.unet.get_submodule(consumer.module).weight.shape == (rows, 1)
 

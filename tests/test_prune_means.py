@@ -1,11 +1,9 @@
 """Gates that close onto means, and biases that give them once units are gone: the same algebra."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from test_prune_cut import KINDS, no_unit, one_unit, random_units
-from tiny import CALLS, calibrated, tiny
+from tiny import CALLS, calibrated, tiny, whole_mask
 
 import ecodiff
 from ecodiff.calibrate import calibrate, gather_grams
@@ -33,7 +31,7 @@ def test_pruned_equals_masked(family, kind, keep):
     pipe, calibration = calibrated(family)
     kept = {s.name: keep(s, i) for i, s in enumerate(discover(pipe)) if s.kind == kind}
     masked = masked_z0(pipe, calibration, kept)
-    ecodiff.prune(pipe, SimpleNamespace(kept=kept, means=calibration.means))
+    ecodiff.prune(pipe, whole_mask(pipe, kept, calibration.means))
     assert (z0(pipe, calibration) - masked).abs().max() <= 1e-4
     zeroed, _ = calibrated(family)
     ecodiff.prune(zeroed, kept)
@@ -87,7 +85,7 @@ def test_a_closed_gate_lets_the_mean_through_and_an_open_one_the_value():
 def test_means_outlive_the_files(tmp_path):
     pipe, calibration = calibrated("flux")
     grams = gather_grams(pipe, discover(pipe), calibration, 2)
-    mask = Mask({}, {}, {}, calibration.means)
+    mask = Mask({}, {}, "model::", {}, calibration.means)
     for one in (calibration, grams, mask):
         one.save(tmp_path / "file")
         found = type(one).load(tmp_path / "file").means

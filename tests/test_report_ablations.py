@@ -41,7 +41,8 @@ def run(tmp_path: Path) -> tuple[Config, Path]:
         {
             "run": "test",
             "models": {name: {"source": name, "call": CALL} for name in "ab"},
-            "variants": [],
+            "allow_overlap": True,
+            "variants": [{"method": "random", "sparsities": [0.1]}],
             "prompts": {
                 name: {"source": "shapeworld", "count": 4}
                 for name in ("calibration", "evaluation", "validation")

@@ -4,18 +4,24 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from PIL import Image
-from synthetic import write_run
+from safetensors import safe_open
+from safetensors.numpy import save_file
+from synthetic import SHARD, write_latents, write_run
 
+from ecodiff.config.variants import Variant
+from ecodiff.models.identity import LATENTS
 from ecodiff.report.figures import FIGURES, draw
 from ecodiff.report.pictures import _depth, _short
 from ecodiff.report.results import Results
 from ecodiff.report.style import QUALITY, method
 from ecodiff.runtime.errors import UserError
+from ecodiff.toys import world
 
 
 @pytest.fixture(scope="module")
@@ -170,3 +176,95 @@ def test_rows_and_columns_are_of_the_first_seed_and_the_chosen_sparsities(tmp_pa
     figure = FIGURES["cost"](chosen, "toy-flux")
     names = [tick.get_text() for tick in figure.axes[0].get_yticklabels()]
     assert names == ["Dense", "EcoDiff, 30 %, seed 1"]
+
+
+def test_pictures_that_an_earlier_shard_size_left_are_never_shown(tmp_path: Path) -> None:
+    """Prompt 2 lies in the shard 1 that prompts 2 and 3 once made, too."""
+    results = write_run(tmp_path, ("toy-flux",))
+    dense = results.of("toy-flux")[0]
+    expected = results.picture("toy-flux", dense, 2)
+    for number in ("0a", "3"):
+        old = tmp_path / "toy-flux/dense/images" / number
+        old.mkdir()
+        Image.new("RGB", (64, 64), "red").save(old / "00002.png")
+    assert (results.picture("toy-flux", dense, 2) == expected).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "odd", "error"),
+    [
+        ("dense", {"prompts": ["x"] * SHARD}, r"prompt 2 is \('x', 2\), but \('a.*', 2\) in"),
+        ("ecodiff-10", {"seeds": [7] * SHARD}, r"prompt 2 is \('a.*', 7\)"),
+        ("ecodiff-10", {"call": {"height": 8}}, "call's height was 8, the other one's None"),
+        ("ecodiff-10", {"dense": "other::"}, "pruned from another dense model"),
+    ],
+)
+def test_pictures_of_another_table_call_or_model_are_never_shown(
+    tmp_path: Path, name: str, odd: dict[str, object], error: str
+) -> None:
+    results = write_run(tmp_path, ("toy-flux",))
+    variant = Variant.parse(name)
+    if variant.is_dense:
+        odd = {"model": "dense::", **odd}
+    rng = np.random.default_rng(0)
+    scenes = [world.sample_scene(rng, "held-out") for _ in range(SHARD)]
+    write_latents(tmp_path / "toy-flux", variant, range(SHARD), scenes, **odd)
+    with pytest.raises(UserError, match=error):
+        results.picture("toy-flux", variant, 2)
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "no picture"])
+def test_a_damaged_picture_is_named(tmp_path: Path, damage: str) -> None:
+    results = write_run(tmp_path, ("toy-flux",))
+    path = tmp_path / "toy-flux/dense/images/0/00002.png"
+    content = path.read_bytes()
+    path.unlink()
+    if damage != "missing":
+        path.write_bytes(content[:60] if damage == "cut" else b"text")
+    with pytest.raises(UserError, match=r"00002\.png: (cannot be read|there is no such file)"):
+        FIGURES["pictures"](results, "toy-flux")
+
+
+def test_a_picture_of_another_size_is_named(tmp_path: Path) -> None:
+    results = write_run(tmp_path, ("toy-flux",))
+    Image.new("RGB", (64, 32)).save(tmp_path / "toy-flux/ecodiff-10/images/0/00001.png")
+    with pytest.raises(UserError, match=r"prompt 1, ecodiff-10: \(32, 64, 3\)"):
+        FIGURES["pictures"](results, "toy-flux")
+
+
+def test_a_dollar_in_a_caption_is_a_dollar(tmp_path: Path) -> None:
+    results = write_run(tmp_path, ("toy-flux",))
+    table = pd.read_parquet(results.prompts)
+    caption = r"a $5 ring and a $x^{ box"
+    table.loc[0, "prompt"] = caption
+    table.to_parquet(results.prompts)
+    for variant in results.of("toy-flux"):
+        shard = tmp_path / "toy-flux" / variant.name / "images/0" / LATENTS
+        with safe_open(shard, framework="np") as file:
+            index, metadata = file.get_tensor("index"), file.metadata()
+        made = json.loads(metadata["ecodiff"])
+        made["prompts"][0] = caption
+        save_file({"index": index}, shard, metadata={"ecodiff": json.dumps(made)})
+    draw("pictures", results, "toy-flux", tmp_path)
+    figure = FIGURES["pictures"](results, "toy-flux")
+    figure.canvas.draw()
+    label = figure.axes[0].get_yticklabels()[0]
+    assert label.get_text().replace("\n", " ") == caption
+    assert not label.get_parse_math()
+
+
+@pytest.mark.parametrize(
+    ("file", "figure"),
+    [
+        ("mask_cost.csv", "mask-cost"),
+        ("masks/ecodiff-10/history.csv", "learning"),
+        ("ecodiff-30-lora/model/history.csv", "learning"),
+    ],
+)
+@pytest.mark.parametrize("content", ["", "a,b\n1,2\n", b"\xff\xfe"])
+def test_a_table_that_is_none_is_named(tmp_path: Path, file: str, figure: str, content) -> None:
+    results = write_run(tmp_path, ("toy-flux",))
+    path = tmp_path / "toy-flux" / file
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=path.name):
+        FIGURES[figure](results, "toy-flux")

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from rich.console import Console
+from safetensors.numpy import save_file
 from synthetic import PRUNED, write_run
 
 from ecodiff.config.sections import EvaluateSettings
@@ -95,7 +96,7 @@ def test_published_results_stand_below_ours(results: Results, tmp_path: Path) ->
     published.write_text("model,method,coco_fid\nSDXL,dense,27.43\nSDXL,EcoDiff,\n")
     write_tables(main_table(results), tmp_path, published)
     assert "| SDXL | dense | 27.43 |\n| SDXL | EcoDiff | - |" in (tmp_path / "main.md").read_text()
-    with pytest.raises(UserError, match=r"report\.published: .*none\.csv"):
+    with pytest.raises(UserError, match=r"none\.csv: there is no such file"):
         write_tables(main_table(results), tmp_path, tmp_path / "none.csv")
 
 
@@ -115,7 +116,7 @@ def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"toy-sdxl.quality\.json: cannot be read"):
         main_table(results)
     path.unlink()
-    with pytest.raises(UserError, match=r"toy-sdxl.quality\.json: cannot be read"):
+    with pytest.raises(UserError, match=r"toy-sdxl.quality\.json: there is no such file"):
         main_table(results)
 
 
@@ -126,6 +127,49 @@ def test_efficiency_of_an_older_run_is_refused(tmp_path: Path) -> None:
     del measured["random-30"]
     path.write_text(json.dumps(measured))
     with pytest.raises(UserError, match=r"has no variant random-30"):
+        main_table(results)
+
+
+@pytest.mark.parametrize(
+    ("file", "variant", "key", "value", "error"),
+    [
+        ("quality", "random-30", "ssim", "missing", "random-30 has no ssim"),
+        ("quality", "dense", "psnr", "missing", "dense has no psnr"),
+        ("quality", "random-30", "fid", "bad", "fid of random-30 is 'bad'"),
+        ("quality", "random-30", "fid", None, "random-30 has no fid, others have"),
+        ("quality", "random-30", "fid", float("nan"), "NaN is no JSON"),
+        ("efficiency", "dense", "gmacs", "missing", "dense has no gmacs"),
+        ("efficiency", "dense", "gmacs", None, "gmacs of dense is None"),
+        ("efficiency", "dense", "device", "missing", "dense has no device"),
+    ],
+)
+def test_a_number_that_is_missing_or_none_is_named(
+    tmp_path: Path, file: str, variant: str, key: str, value: object, error: str
+) -> None:
+    results = write_run(tmp_path, ("toy-sdxl",))
+    path = tmp_path / "toy-sdxl" / f"{file}.json"
+    found = json.loads(path.read_text())
+    if value == "missing":
+        del found[variant][key]
+    else:
+        found[variant][key] = value
+    path.write_text(json.dumps(found))
+    with pytest.raises(UserError, match=rf"{file}\.json: .*{error}"):
+        main_table(results)
+
+
+def test_a_bar_or_a_new_line_in_a_cell_ends_no_cell(results: Results, tmp_path: Path) -> None:
+    published = tmp_path / "published.csv"
+    published.write_text('model,method\nSDXL,"a|b\nc"\n')
+    write_tables(main_table(results), tmp_path, published)
+    assert "| SDXL | a\\|b c |\n" in (tmp_path / "main.md").read_text()
+
+
+def test_a_mask_without_its_sparsity_is_named(tmp_path: Path) -> None:
+    results = write_run(tmp_path, ("toy-sdxl",))
+    path = tmp_path / "toy-sdxl/ecodiff-20/model/mask.safetensors"
+    save_file({"kept/a.heads": np.ones(2, bool)}, path, metadata={"ecodiff": "{}"})
+    with pytest.raises(UserError, match=r"mask\.safetensors: its sparsity is None"):
         main_table(results)
 
 

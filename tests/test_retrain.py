@@ -110,7 +110,7 @@ def test_the_loss_falls(family, kind, lr, left):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_distillation_by_lora_wins_back_what_pruning_lost(family):
     pipe, calibration = half_pruned(family)
-    teacher = denoiser_of(tiny(family))
+    teacher = tiny(family)
     before = mean_losses(pipe, calibration, teacher, distillation=1.0).distillation
     settings = RetrainSettings(rank=4, lr=1e-2, steps=15, batch=2, distillation=1e6)
     retrain(pipe, calibration, settings, teacher)
@@ -172,3 +172,38 @@ def test_a_loss_that_is_not_finite_stops_lora_and_leaves_the_model():
     with pytest.raises(UserError, match="not finite at step 0"):
         retrain(pipe, calibration, SETTINGS["lora"])
     assert torch.equal(torch.cat([v.flatten() for v in pipe.transformer.parameters()]), before)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_data_of_another_model_are_refused(family):
+    pipe, _ = half_pruned(family)
+    _, other = calibrated(family, seed=1)
+    with pytest.raises(UserError, match="calibration: was made of another model"):
+        retrain(pipe, other, SETTINGS["lora"])
+
+
+def test_a_teacher_that_is_another_model_is_refused():
+    pipe, calibration = half_pruned("flux")
+    settings = SETTINGS["lora"].model_copy(update={"distillation": 1.0})
+    for teacher, why in ((tiny("flux", seed=1), "another model"), (tiny("sdxl"), "another family")):
+        with pytest.raises(UserError, match=why):
+            retrain(pipe, calibration, settings, teacher)
+
+
+def test_data_serve_the_model_in_another_dtype():
+    pipe, calibration = half_pruned("flux")
+    history = retrain(pipe.to(torch.bfloat16), calibration, SETTINGS["lora"])
+    assert history.loss.gt(0).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"rank": 100_000}, r"rank: 100000 is above the widest layer's \d+"),
+        ({"batch": 3}, "batch: 3, but calibration has 2"),
+    ],
+)
+def test_what_the_model_or_the_data_can_not_hold_is_refused(changes, error):
+    pipe, calibration = half_pruned("flux")
+    with pytest.raises(UserError, match=error):
+        retrain(pipe, calibration, SETTINGS["lora"].model_copy(update=changes))

@@ -233,6 +233,13 @@ def test_json_ends_in_a_newline(tmp_path):
     assert (tmp_path / "a.json").read_text() == '{\n  "a": null\n}\n'
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_no_json_is_never_written(tmp_path, value):
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "a.json", {"a": value})
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_manifest_says_how_an_output_came_about(tmp_path):
     write_text(tmp_path / "out.csv", "")
     write_manifest(tmp_path / "out.csv", "prompts", {"seed": 7})

@@ -41,6 +41,7 @@ def test_a_change_elsewhere_does_not(package, file):
 
 def test_comments_and_layout_do_not_count(package):
     assert not rehashed(package, "used.py", "# why\nimport ecodiff.config\n\n\ng   = 1\n")
+    assert not rehashed(package, "used.py", '"""What."""\nimport ecodiff.config\ng = 1\n')
 
 
 def test_an_unknown_stage_is_an_error():

@@ -58,7 +58,7 @@ def test_elsewhere_each_finished_job_is_a_line(clock):
     assert seen(begin(1, "prune", model="toy", variant="ecodiff-20")) == ""
     clock.seconds = 65
     line = seen(ended(1))
-    assert line == "[1/4] prune toy ecodiff-20 (1 min 05 s), about 3 min 15 s left\n"
+    assert line == "[1/4] prune toy/ecodiff-20 (1 min 05 s), about 3 min 15 s left\n"
 
 
 def test_time_left_knows_what_each_stage_takes_and_how_many_jobs_run_at_once(clock):
@@ -84,7 +84,7 @@ def test_a_terminal_shows_stages_that_have_begun_and_the_jobs_that_run(clock):
     with seen.watch.console.capture() as captured:
         seen.watch.console.print(seen.watch._screen())
     shown = captured.get()
-    assert "prune toy 7 s" in shown
+    assert "prune toy (7 s)" in shown
     assert "0/2" in shown and "0/4" in shown
     assert "generate" not in shown
 
@@ -110,6 +110,31 @@ def test_a_failed_job_is_told_once_with_the_end_of_its_log(tmp_path, clock):
     assert "line 99" in shown and "line 84" not in shown
     assert str(log) in shown
     assert seen(failed) == ""
+
+
+def test_reasons_are_said_last_and_once(tmp_path, clock):
+    log = tmp_path / "x.log"
+    log.write_text("ecodiff: error: call: no\n")
+    seen = Seen()
+    seen(PLAN)
+    for job in (1, 2):
+        failed = begin(job, "generate", [str(log)], shard=job)
+        failed.event = LogEvent.JOB_ERROR
+        seen(failed)
+    seen(record(None, "WorkflowError:\nAt least one job did not complete.", logging.ERROR))
+    before = len(seen.file.getvalue())
+    seen.watch.end()
+    assert seen.file.getvalue()[before:] == "ecodiff: error: call: no\n"
+
+
+def test_a_job_whose_second_try_ends_well_has_not_failed(tmp_path, clock):
+    failed = begin(1, "prune")
+    failed.event = LogEvent.JOB_ERROR
+    seen = Seen()
+    seen(PLAN, begin(1, "prune"), failed, begin(1, "prune"), ended(1))
+    before = len(seen.file.getvalue())
+    seen.watch.end()
+    assert seen.file.getvalue()[before:] == ""
 
 
 def test_an_error_of_the_users_is_its_line_alone(tmp_path):
@@ -149,3 +174,46 @@ def test_warnings_are_said():
 )
 def test_times_are_for_people(seconds, text):
     assert span(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (b"run: caf\xe9\n", "line 1"),
+        (b"run: [a\nmodels: 1\n", "not YAML"),
+        (b"", "should be a mapping"),
+        (b"- a\n", "should be a mapping"),
+    ],
+)
+def test_a_config_file_that_cannot_be_read_is_a_line(tmp_path, content, line):
+    file = tmp_path / "c.yaml"
+    file.write_bytes(content)
+    found = plugin.config_mistake(["snakemake", "--configfile", str(file), "--cores", "1"])
+    assert found.startswith(f"config: {file}") and line in found
+    assert "\n" not in found
+
+
+def test_a_config_file_that_is_not_there_is_a_line(tmp_path):
+    found = plugin.config_mistake(["snakemake", f"--configfile={tmp_path}/no.yaml"])
+    assert found == f"config: {tmp_path}/no.yaml: there is no such file"
+
+
+def test_a_target_behind_the_config_file_is_told_apart(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("run: a\n")
+    found = plugin.config_mistake(["snakemake", "--configfile", str(file), "tables"])
+    assert "no file tables" in found and "targets before it" in found
+
+
+def test_config_files_without_a_mistake_are_none(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("run: a\n")
+    assert plugin.config_mistake(["snakemake", "--configfile", str(file)]) is None
+    assert plugin.config_mistake(["snakemake"]) is None
+
+
+def test_snakemakes_traceback_about_a_config_file_is_that_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(plugin.sys, "argv", ["snakemake", "--configfile", "tables"])
+    text = "Traceback (most recent call last):\n load_configfile(f)\nFileNotFoundError: tables"
+    shown = Seen()(record(LogEvent.ERROR, text, logging.ERROR))
+    assert shown.startswith("config: there is no file tables") and shown.count("\n") == 1

@@ -53,6 +53,9 @@ from transformers import (
 )
 
 from ecodiff.calibrate import Calibration, calibrate
+from ecodiff.mask import Mask
+from ecodiff.models.pipelines import fingerprint
+from ecodiff.models.structures import discover
 from ecodiff.toys import flux, sdxl, text, vae, world
 
 SMALL = {"num_inference_steps": 2, "height": 32, "width": 32}
@@ -432,7 +435,15 @@ def _awake(pipe: DiffusionPipeline) -> DiffusionPipeline:
     return pipe
 
 
-def calibrated(family: str) -> tuple[DiffusionPipeline, Calibration]:
+def calibrated(family: str, seed: int = 0) -> tuple[DiffusionPipeline, Calibration]:
     """A dense pipeline and its calibration on two prompts."""
-    pipe = tiny(family)
+    pipe = tiny(family, seed)
     return pipe, calibrate(pipe, ["a red square", "a blue ring"], [1, 2], CALLS[family], 2)
+
+
+def whole_mask(pipe: DiffusionPipeline, kept: dict, means: dict | None = None) -> Mask:
+    """A mask of a pipeline that keeps whole what `kept` doesn't name."""
+    structures = discover(pipe)
+    scores = {s.name: torch.zeros(s.units) for s in structures}
+    whole = {s.name: torch.ones(s.units, dtype=torch.bool) for s in structures}
+    return Mask(scores, {**whole, **kept}, fingerprint(pipe), means=means or {})

@@ -59,35 +59,40 @@ class Source:
         """The whole config."""
         return None if self.config is None else load_config(self.config)
 
-    def read(self, kind: type[S], text: str | None, *path: str) -> S:
+    def read(self, kind: type[S], text: str | None, *path: str, option: str = "--settings") -> S:
         """The settings of a section, changed by what an option says.
 
         Args:
             kind: the section's class.
             text: YAML file or text; None changes nothing.
             path: where the section lies in the config; those of models lie below `models`.
+            option: what gave the text, for messages.
 
         Raises:
             UserError: the config has no such section, or a value is not allowed.
         """
         if self.run is None:
-            return read_settings(kind, text)
+            return read_settings(kind, text, name=option)
         found: Any = self.run.model_dump(mode="json")
         for key in path:
             if not isinstance(found, dict) or found.get(key) is None:
                 raise UserError(f"{self.config}: there is no section {'.'.join(path)}")
             found = found[key]
-        return read_settings(kind, text, found)
+        return read_settings(kind, text, found, name=option)
 
-    def of_model(self, kind: type[S], text: str | None, *path: str) -> S:
+    def of_model(
+        self, kind: type[S], text: str | None, *path: str, option: str = "--settings"
+    ) -> S:
         """The settings of a section that each model has of its own."""
         if self.run is not None and self.model is None:
             raise UserError("--config needs --model: one of " + ", ".join(self.run.models))
-        return self.read(kind, text, "models", self.model or "", *path)
+        return self.read(kind, text, "models", self.model or "", *path, option=option)
 
     def call(self, text: str | None) -> dict[str, Any]:
         """How the pipeline is called, as its keyword arguments."""
-        return self.of_model(CallSettings, text, "call").model_dump(exclude_none=True)
+        return self.of_model(CallSettings, text, "call", option="--call").model_dump(
+            exclude_none=True
+        )
 
     def load(self, model: str, text: str | None, **changes: Any) -> DiffusionPipeline:
         """Load a pipeline; `changes` are keywords of `load_pipeline` that a verb insists on."""
@@ -95,7 +100,7 @@ class Source:
         from ecodiff.runtime.devices import choose_device, keep_freed_memory
 
         keep_freed_memory()
-        chosen = self.of_model(LoadSettings, text, "load").model_dump() | changes
+        chosen = self.of_model(LoadSettings, text, "load", option="--load").model_dump() | changes
         return load_pipeline(model, **{**chosen, "device": choose_device(chosen["device"])})
 
 
@@ -137,6 +142,20 @@ def weight_bytes(model: str) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def named(pairs: list[str]) -> dict[str, str]:
-    """The values of repeated options of the form name=value."""
-    return dict(pair.partition("=")[::2] for pair in pairs)
+def variants(pairs: list[str]) -> dict[str, str]:
+    """The values of `--variant name=value`, the dense one's first.
+
+    Raises:
+        UserError: one has another form, two have one name, or the first is not the dense one.
+    """
+    found: dict[str, str] = {}
+    for pair in pairs:
+        name, _, value = pair.partition("=")
+        if not name or not value:
+            raise UserError(f"--variant: {pair!r} is not name=value")
+        if name in found:
+            raise UserError(f"--variant: {name} is given twice: {found[name]} and {value}")
+        found[name] = value
+    if next(iter(found), None) != "dense":
+        raise UserError("--variant: the first one must be dense=..., which others are compared to")
+    return found

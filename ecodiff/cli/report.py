@@ -67,4 +67,5 @@ def _results(run: Path) -> tuple[Config, Results]:
     prompts = run / f"prompts/{config.evaluate.prompts}.parquet"
     shown = config.report.shown
     percents = None if shown is None else frozenset(round(100 * share) for share in shown)
-    return config, Results(run, variants, prompts, config.report.examples, percents)
+    size = config.generate.shard_size
+    return config, Results(run, variants, prompts, size, config.report.examples, percents)

@@ -192,7 +192,6 @@ def retrain(
     """Retrain a pruned model on what the dense model generated."""
     from ecodiff.calibrate import Calibration
     from ecodiff.models.saving import save
-    from ecodiff.models.structures import denoiser_of
     from ecodiff.retrain.train import retrain as train
     from ecodiff.runtime.artifacts import atomic
 
@@ -210,7 +209,7 @@ def retrain(
     ):
         pipe, teacher = source.load(model, load), None
         if dense and chosen.distillation:
-            teacher = denoiser_of(source.load(dense, load, encoders=False))
+            teacher = source.load(dense, load, encoders=False)
         curve = train(pipe, data, chosen, teacher)
         with atomic(out, folder=True) as folder:
             save(pipe, folder)

@@ -1,25 +1,32 @@
-"""Settings of mask learning that are varied one at a time. Imports no torch."""
+"""Ablations: masks learned with one setting changed at a time. Imports no torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
 
-from ecodiff.config.sections import LearningRates, MaskSettings, Name, Settings, Share
+from ecodiff.config.sections import (
+    LearningRates,
+    MaskSettings,
+    Name,
+    NonEmpty,
+    Settings,
+    Share,
+)
 
 DEFAULT = "default"
 
 
 @dataclass(frozen=True)
 class Ablation:
-    """One point of a sweep: a mask learned with one setting changed, or with none.
+    """One mask of a sweep: learned with one setting changed, or with none.
 
     Attributes:
-        setting: the key that was changed; `default` for none.
-        value: what it was changed to.
-        sparsity: what the mask is learned for.
+        setting: the key that is changed; `default` for none.
+        value: its changed value; None for none.
+        sparsity: the sparsity that the mask is learned for.
         settings: all settings that it is learned with.
-        changes: those that differ from the model's.
+        changes: the settings that differ from the model's, key -> value.
     """
 
     setting: str
@@ -30,7 +37,7 @@ class Ablation:
 
     @property
     def name(self) -> str:
-        """Its folder, such as `noise-floor-0.2`."""
+        """The name of its folder, such as `noise-floor-0.2`."""
         if self.setting == DEFAULT:
             return DEFAULT
         return f"{self.setting}-{self.value}".replace("_", "-")
@@ -40,17 +47,17 @@ class AblationSettings(Settings):
     """What `snakemake ablations` varies, and how the masks are judged."""
 
     prompts: Name
-    """The prompt set on which masks are judged; not the one they are learned on."""
+    """Prompt set on which masks are judged, by relative latent error; not the calibration set."""
     sparsity: Share = 0.2
-    """What masks are learned for."""
-    judged_at: tuple[Share, ...] = (0.1, 0.2, 0.3)
-    """The sparsities at which each mask's scores are judged."""
-    vary: dict[str, tuple[Any, ...]]
-    """Keys of the section `mask`, and `sparsity`: the values that each takes, one key at a time;
-    `lr`: the same for all kinds."""
+    """Sparsity that masks are learned for."""
+    judged_at: NonEmpty[Share] = (0.1, 0.2, 0.3)
+    """Sparsities at which each mask is judged, by ranking its scores again."""
+    vary: dict[str, NonEmpty[Any]]
+    """Key -> values to try, one change at a time. Keys are those of the section `mask`, and
+    `sparsity`; a value of `lr` holds for all kinds. Each value is one more mask to learn."""
 
     def points(self, base: MaskSettings) -> list[Ablation]:
-        """All points of the sweep around a model's settings, the default first.
+        """All masks of the sweep around a model's settings `base`, the default first.
 
         Raises:
             pydantic.ValidationError: a key or value that the section `mask` does not allow.

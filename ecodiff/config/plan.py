@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ecodiff.config.ablations import Ablation
+from ecodiff.config.checks import is_local
 from ecodiff.config.methods import METHODS
 from ecodiff.config.run import Config
 from ecodiff.config.sections import MaskSettings, RetrainSettings
@@ -69,9 +70,12 @@ class Plan:
         return f"{self.results}/{model}/{variant}/model"
 
     def dense_files(self, model: str) -> list[str]:
-        """The files of a dense model that lies in a folder; none for a model on the hub."""
-        folder = Path(self.config.models[model].source)
-        if not folder.exists() and len(folder.parts) == 2:
+        """The files of a dense model that lies here; none for a model on the hub."""
+        source = self.config.models[model].source
+        folder = Path(source)
+        if folder.is_file():
+            return [source]
+        if not is_local(source):
             return []
         files = [*folder.rglob("*.json"), *folder.rglob("*.safetensors")]
         return sorted(map(str, files)) or [str(folder / "model_index.json")]
@@ -88,6 +92,27 @@ class Plan:
         """The files of the CLIP model, when it lies in a folder."""
         _, local, folder = self.config.evaluate.clip_model.partition("local-dir:")
         return sorted(map(str, Path(folder).glob("*"))) or [folder] if local else []
+
+    def prompt_sets(self, drawn: bool) -> list[str]:
+        """The prompt sets whose true pictures are drawn, or those that are read from files."""
+        sets = self.config.prompts.items()
+        return [name for name, one in sets if (one.source == "shapeworld") == drawn]
+
+    def prompt_files(self, set: str) -> list[str]:
+        """What a prompt set is read from. A dry-run may come before its files do."""
+        return [file for file in self.config.prompts[set].files if Path(file).exists()]
+
+    def learned_tables(self) -> list[str]:
+        """The tables of the prompts that models learn from, other than those they are judged on."""
+        learned = self.config.prompts_learned()
+        return [self.prompts(name) for name in learned if name != self.config.evaluate.prompts]
+
+    def real_pictures(self) -> list[str]:
+        """The folder of the real pictures that variants are judged by; none without them."""
+        name = self.config.evaluate.prompts
+        if self.config.prompts[name].source == "shapeworld":
+            return [f"{self.results}/prompts/{name}"]
+        return self.prompt_files(name)[1:]
 
     def prompts(self, set: str) -> str:
         """The table of a prompt set."""
@@ -186,6 +211,10 @@ class Plan:
     def shards_of_all(self, model: str) -> list[str]:
         """The image shards of all variants of a model, the dense one first."""
         return [s for v in self.config.variants_of(model) for s in self.shards(model, v.name)]
+
+    def all_shards(self) -> list[str]:
+        """The image shards of all models and variants."""
+        return [shard for model in self.config.models for shard in self.shards_of_all(model)]
 
     def shards_by_variant(self, model: str) -> list[str]:
         """The same as `ecodiff evaluate quality` takes them."""

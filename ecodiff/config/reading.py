@@ -1,10 +1,15 @@
-"""Read settings from YAML and say in one line what is wrong with them. Imports no torch."""
+"""Read settings from YAML, and say of each thing that is wrong where it stands.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -12,14 +17,67 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from ecodiff.runtime.errors import UserError
+from ecodiff.runtime.reading import read_text
 
 S = TypeVar("S", bound=BaseModel)
+Path_ = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class Document:
+    """The contents of a YAML file or text, and where they stand.
+
+    Attributes:
+        values: what it says.
+        name: of the file or option; empty for values without a text.
+        lines: path of keys -> number of its line.
+    """
+
+    values: Any
+    name: str = ""
+    lines: Mapping[Path_, int] = field(default_factory=dict)
+
+    def where(self, path: Path_) -> str:
+        """What begins a message about a key: file, line and key, as far as they are known."""
+        known = next((path[:n] for n in range(len(path), 0, -1) if path[:n] in self.lines), None)
+        place = f"{self.name}, line {self.lines[known]}" if known is not None else self.name
+        return ": ".join(part for part in (place, ".".join(map(str, path))) if part)
+
+
+def read_document(source: str | Path, name: str = "") -> Document:
+    """A YAML file (.yaml, .yml or .json), or YAML text.
+
+    Args:
+        source: path of the file, or the text.
+        name: what messages call a text.
+
+    Raises:
+        UserError: it cannot be read, is no YAML, or has a key twice; both lines are named.
+    """
+    text = str(source)
+    is_file = isinstance(source, Path) or Path(text).suffix in {".yaml", ".yml", ".json"}
+    if is_file:
+        name, text = str(source), read_text(Path(source))
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(_not_yaml(error, name)) from None
+    except RecursionError:
+        raise UserError(f"{name or 'settings'}: nested too deeply") from None
+    lines: dict[Path_, int] = {}
+    problems = [*_places(node, (), lines)] if node is not None else []
+    document = Document(values, name, lines if is_file else {})
+    if problems:
+        raise UserError("\n".join(f"{name}: {problem}".removeprefix(": ") for problem in problems))
+    return document
 
 
 def read_settings(
     kind: type[S],
-    source: str | Path | Mapping[str, Any] | None,
+    source: str | Path | Mapping[str, Any] | Document | None,
     base: Mapping[str, Any] | None = None,
+    name: str = "",
 ) -> S:
     """Settings of a section from a mapping, a YAML file or YAML text; None gives the defaults.
 
@@ -27,28 +85,19 @@ def read_settings(
         kind: the section's class.
         source: what to read.
         base: values that `source` is put over, key by key, instead of over the defaults.
+        name: what messages call a text, such as the option that it was given by.
 
     Raises:
-        UserError: with one line on the first thing that is wrong.
+        UserError: with a line for each thing that is wrong.
     """
-    where = ""
     if isinstance(source, str | Path):
-        path = Path(source)
-        if path.suffix in {".yaml", ".yml", ".json"}:
-            where = f"{path}: "
-            try:
-                source = path.read_text()
-            except OSError as error:
-                raise UserError(f"{path}: {error.strerror}") from None
-        try:
-            source = yaml.safe_load(str(source))
-        except yaml.YAMLError as error:
-            raise UserError(f"{where}not YAML: {' '.join(str(error).split())}") from None
+        source = read_document(source, name)
+    document = source if isinstance(source, Document) else Document(source, name)
+    changes = {} if document.values is None else document.values
     try:
-        changes = {} if source is None else source
         return kind.model_validate(changes if base is None else merged(base, changes))
     except ValidationError as error:
-        raise UserError(where + explain(error, kind)) from None
+        raise UserError("\n".join(explain(error, kind, document))) from None
 
 
 def merged(base: Any, changes: Any) -> Any:
@@ -58,27 +107,100 @@ def merged(base: Any, changes: Any) -> Any:
     return {**base, **{key: merged(base.get(key), value) for key, value in changes.items()}}
 
 
-def explain(error: ValidationError, kind: type[BaseModel]) -> str:
-    """One line: the key that is wrong, how, and what is allowed."""
-    # An error in a shared section shows in every model that inherits it: name the section.
-    first, *others = sorted(error.errors(), key=lambda one: len(one["loc"]))
-    path = ".".join(str(part) for part in first["loc"])
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":
-        allowed = _allowed_keys(kind, first["loc"][:-1])
-        close = difflib.get_close_matches(str(first["loc"][-1]), allowed, n=1)
+def explain(error: ValidationError, kind: type[BaseModel], document: Document) -> list[str]:
+    """A line for each thing that is wrong: where it stands, how it is wrong, what is allowed."""
+    found: dict[str, int] = {}
+    errors = error.errors()
+    for one in errors:
+        # A list counts only its good items: where there are bad ones, they are what is wrong.
+        if one["type"] == "too_short" and any(
+            _within(other["loc"], one["loc"]) for other in errors
+        ):
+            continue
+        path = _own_path(one["loc"], document)
+        line = f"{document.where(path)}: {_message(one, kind)}".removeprefix(": ")
+        found.setdefault(line, _line_of(path, document))
+    return sorted(found, key=lambda line: found[line])
+
+
+def shown(value: Any) -> str:
+    """A value as messages show it: at most about sixty characters, in one line."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 60
+    return short.repr(value)
+
+
+def _own_path(location: Path_, document: Document) -> Path_:
+    """The path of a key in the file: models inherit the shared sections, where a mistake is made
+    once and found in each."""
+    match location:
+        case ("models", _, "mask" | "retrain" as section, *rest):
+            shared = (section, *rest)
+            if _has(document.values, shared) and not _has(document.values, location):
+                return shared
+    return location
+
+
+def _within(location: Path_, outer: Path_) -> bool:
+    return len(location) > len(outer) and location[: len(outer)] == outer
+
+
+def _has(values: Any, path: Path_) -> bool:
+    """Whether there is something at a path of keys."""
+    for key in path:
+        try:
+            values = values[key]
+        except (TypeError, KeyError, IndexError):
+            return False
+    return True
+
+
+def _line_of(path: Path_, document: Document) -> int:
+    known = (document.lines.get(path[:n]) for n in range(len(path), 0, -1))
+    return next((line for line in known if line is not None), 0)
+
+
+def _message(error: Mapping[str, Any], kind: type[BaseModel]) -> str:
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        allowed = _allowed_keys(kind, error["loc"][:-1])
+        close = difflib.get_close_matches(str(error["loc"][-1]), allowed, n=1)
         hint = f"did you mean {close[0]}?" if close else f"allowed: {', '.join(allowed)}"
-        message = f"unknown key; {hint}"
-    elif first["type"] == "missing":
-        message = "this key is missing"
-    elif first["type"] != "value_error":
-        message = re.sub(r"^Input should", "should", message).replace("valid dictionary", "mapping")
-        message = f"{re.sub(r' or instance of .*', '', message)}, not {first['input']!r}"
-    more = f" (and {len(others)} more)" if others else ""
-    return f"{path + ': ' if path else ''}{message}{more}"
+        return f"unknown key; {hint}"
+    if error["type"] == "too_short":
+        return "at least one item is needed"
+    if error["type"] == "missing":
+        return "this key is missing"
+    if error["type"] == "value_error":
+        return message
+    message = re.sub(r"^Input should", "should", message).replace("valid dictionary", "mapping")
+    return f"{re.sub(r' or instance of .*', '', message)}, not {shown(error['input'])}"
 
 
-def _allowed_keys(kind: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+def _places(node: yaml.Node, path: Path_, lines: dict[Path_, int]) -> Iterator[str]:
+    """Note where each key stands; what is said of keys that stand there twice."""
+    if isinstance(node, yaml.MappingNode):
+        seen: dict[str, int] = {}
+        for key, value in node.value:
+            name, line = str(key.value), key.start_mark.line + 1
+            if name in seen and key.tag != "tag:yaml.org,2002:merge":
+                yield f"the key {name} stands twice, in lines {seen[name]} and {line}"
+            seen[name] = lines[(*path, name)] = line
+            yield from _places(value, (*path, name), lines)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            lines[(*path, index)] = value.start_mark.line + 1
+            yield from _places(value, (*path, index), lines)
+
+
+def _not_yaml(error: yaml.YAMLError, name: str) -> str:
+    mark = getattr(error, "problem_mark", None)
+    place = ", ".join(part for part in (name, f"line {mark.line + 1}" if mark else "") if part)
+    problem = getattr(error, "problem", None) or str(error)
+    return f"{place}: not YAML: {' '.join(str(problem).split())}".removeprefix(": ")
+
+
+def _allowed_keys(kind: type[BaseModel], location: Iterable[int | str]) -> list[str]:
     """The keys of the section at a location of pydantic's error."""
     for part in location:
         annotation = kind.model_fields[str(part)].annotation if part in kind.model_fields else None

@@ -7,19 +7,22 @@ is what `python -m ecodiff.config.run` prints. Imports no torch.
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Mapping
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from ecodiff.config.ablations import Ablation, AblationSettings
-from ecodiff.config.reading import explain, merged, read_settings
+from ecodiff.config.checks import Mistake, missing, mistakes, to_fetch
+from ecodiff.config.reading import Document, merged, read_document, read_settings
 from ecodiff.config.sections import (
     CalibrateSettings,
     CallSettings,
     EvaluateSettings,
+    FilePath,
     GenerateSettings,
     LoadSettings,
     MaskSettings,
@@ -32,12 +35,15 @@ from ecodiff.config.sections import (
     Settings,
 )
 from ecodiff.config.variants import Variant, VariantSettings
+from ecodiff.runtime.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 class ModelSettings(Settings):
     """One dense model."""
 
-    source: str
+    source: FilePath
     """Hub id or folder of a diffusers pipeline."""
     load: LoadSettings = LoadSettings()
     call: CallSettings
@@ -54,9 +60,9 @@ class Config(Settings):
     run: Name
     """Results go to `results/<run>/`."""
     models: Annotated[dict[Name, ModelSettings], Field(min_length=1)]
-    variants: tuple[VariantSettings, ...]
+    variants: Annotated[tuple[VariantSettings, ...], Field(min_length=1)]
     """Beside the dense model."""
-    prompts: dict[Name, PromptSet]
+    prompts: Annotated[dict[Name, PromptSet], Field(min_length=1)]
     calibrate: CalibrateSettings = CalibrateSettings()
     mask: MaskSettings = MaskSettings()
     prune: PruneSettings = PruneSettings()
@@ -66,6 +72,9 @@ class Config(Settings):
     report: ReportSettings = ReportSettings()
     ablations: AblationSettings | None = None
     """null: none."""
+    allow_overlap: bool = False
+    """Let a model be judged on prompts or noise that it learned from; results then look better than
+    they are."""
 
     @model_validator(mode="before")
     @classmethod
@@ -82,38 +91,15 @@ class Config(Settings):
         }
         return {**data, "models": models}
 
-    @model_validator(mode="after")
-    def _names_exist(self) -> Config:
-        wanted = {"calibrate": self.calibrate.prompts, "evaluate": self.evaluate.prompts}
-        for kind in ("lora", "full"):
-            wanted[f"retrain.{kind}"] = getattr(self.retrain, kind).prompts or wanted["calibrate"]
-        if self.ablations:
-            wanted["ablations"] = self.ablations.prompts
-        for section, name in wanted.items():
-            if name not in self.prompts:
-                raise ValueError(
-                    f"{section}.prompts: no prompt set {name!r}; there are {list(self.prompts)}"
-                )
-        unknown = {m for v in self.variants for m in v.models or ()} - set(self.models)
-        if unknown:
-            raise ValueError(f"variants: no model {min(unknown)!r}; there are {list(self.models)}")
-        for model in self.models:
-            name, times = Counter(v.name for v in self.variants_of(model)).most_common(1)[0]
-            if times > 1:
-                raise ValueError(f"variants: {name} is named twice for {model}")
-        return self
-
-    @model_validator(mode="after")
-    def _ablations_are_possible(self) -> Config:
-        for model in self.models:
-            try:
-                names = Counter(point.name for point in self.ablations_of(model))
-            except ValidationError as error:
-                raise ValueError(f"ablations.vary: {explain(error, MaskSettings)}") from None
-            name, times = names.most_common(1)[0] if names else ("", 0)
-            if times > 1:
-                raise ValueError(f"ablations.vary: {name} is named twice")
-        return self
+    def prompts_learned(self) -> list[str]:
+        """The prompt sets that masks are learned from and models retrained on."""
+        kinds = [
+            section
+            for model in (self, *self.models.values())
+            for section in (model.retrain.lora, model.retrain.full)
+        ]
+        names = (kind.prompts for kind in kinds if kind.prompts is not None)
+        return [*dict.fromkeys([self.calibrate.prompts, *names])]
 
     def ablations_of(self, model: str) -> list[Ablation]:
         """The points of a model's sweep; none without the section."""
@@ -125,9 +111,53 @@ class Config(Settings):
         return [Variant(), *(variant for family in families for variant in family.variants())]
 
 
-def load_config(source: str | Path | Mapping[str, Any]) -> Config:
-    """A config from a YAML file or from its contents; UserError when it is not valid."""
-    return read_settings(Config, source)
+def load_config(source: str | Path | Mapping[str, Any] | Document) -> Config:
+    """A config from a YAML file, or from its contents.
+
+    Raises:
+        UserError: with a line for each thing that is wrong: file, line, key, what is allowed.
+    """
+    if not isinstance(source, Document):
+        values = isinstance(source, Mapping)
+        source = Document(source) if values else read_document(Path(str(source)))
+    config = read_settings(Config, source)
+    lines = _lines(mistakes(config), source)
+    if lines:
+        raise UserError("\n".join(lines))
+    return config
+
+
+def load_planned(
+    values: Mapping[str, Any], files: Sequence[str | Path]
+) -> tuple[Config, list[str]]:
+    """The config of a run that is to begin, and a line for each file of it that is not there.
+
+    Args:
+        values: what Snakemake read of `files`, `--config` put over it.
+        files: where it was read; messages name the lines of the last one.
+
+    Raises:
+        UserError: see `load_config`.
+    """
+    documents = [
+        read_document(_from_here(file)) for file in files
+    ]  # finds keys that stand there twice
+    last = documents[-1] if documents else Document(None)
+    document = Document(values, last.name, last.lines)
+    config = load_config(document)
+    for line in _lines(to_fetch(config), document):
+        log.warning("config: %s; they will be fetched when pictures are judged", line)
+    return config, _lines(missing(config), document)
+
+
+def _from_here(file: str | Path) -> Path:
+    """The file's path relative to the working directory, where that is shorter to read."""
+    here = os.path.relpath(file)
+    return Path(file) if here.startswith("..") else Path(here)
+
+
+def _lines(found: Iterable[Mistake], document: Document) -> list[str]:
+    return [*dict.fromkeys(f"{document.where(path)}: {message}" for path, message in found)]
 
 
 def schema() -> str:

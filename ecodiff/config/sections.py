@@ -1,11 +1,18 @@
-"""The sections of the configuration, one a stage. Imports no torch."""
+"""The sections of the configuration, one per stage. Imports no torch.
+
+The docstring below a setting is its description in the JSON schema of the config. A prefix such as
+"penalty:" names the value of another setting that the setting belongs to.
+"""
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -13,6 +20,8 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 
@@ -22,183 +31,306 @@ MethodName = Literal[tuple(METHODS)]  # type: ignore[valid-type]
 RetrainKind = Literal["lora", "full"]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
 Share = Annotated[float, Field(gt=0, lt=1)]
+FilePath = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A file or folder; ~ is the home of who plans the run."""
+T = TypeVar("T")
+NonEmpty = Annotated[tuple[T, ...], Field(min_length=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class Settings(BaseModel):
-    """Base of all sections: unknown keys are errors, values don't change, docstrings describe."""
+    """Base of all sections: unknown keys are errors, and values cannot be changed once read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _yes_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML reads yes, no, on and off as truth values, which pydantic takes for 1 and 0."""
+        kinds = str(cls.model_fields[str(info.field_name)].annotation)
+        inside = value if isinstance(value, list | tuple) else [value]
+        if "bool" not in kinds and any(isinstance(one, bool) for one in inside):
+            raise ValueError(f"should be no truth value (yes, no, true, false), is {value}")
+        return value
 
 
 class PromptSet(Settings):
-    """Where the prompts of one set come from."""
+    """Where the prompts of one set, their seeds and their real images come from."""
 
     source: Literal["shapeworld", "file", "coco", "flickr30k", "gcc"]
-    """`file`: txt (a prompt a line), csv or parquet; the others: the layout of that data set."""
-    path: str | None = None
+    """`file`: a txt (one prompt per line), csv, tsv, jsonl or parquet file. `shapeworld`: captions
+    of the toys' world, drawn from `seed`. The others: the captions file of that data set."""
+    path: FilePath | None = None
     """The file, or the captions file of the data set; not for shapeworld."""
-    images: str | None = None
-    """Folder of the real images, for coco and flickr30k."""
+    images: FilePath | None = None
+    """coco, flickr30k: folder of the real images, which FID, KID and CMMD compare with."""
     column: str = "prompt"
-    """The column of a csv or parquet file that holds the prompts."""
+    """file: the column (jsonl: the key) that holds the prompts; not for txt."""
     split: Literal["train", "held-out"] = "train"
-    """shapeworld: captions of the two splits never meet."""
+    """shapeworld: the two splits share no caption; the toys are trained on `train`."""
     count: PositiveInt
-    """How many prompts to take."""
+    """How many prompts to take. The paper uses 100 for calibration, 5,000 for evaluation."""
     seed: NonNegativeInt = 0
-    """Prompt i starts from noise of seed `seed + i`; shapeworld also draws its scenes from it."""
+    """Prompt i starts from noise of seed `seed + i` (below 2^63), so choose seeds of different sets
+    further apart than their counts. shapeworld also draws its scenes from it; coco and flickr30k
+    choose the images with it."""
 
     @model_validator(mode="after")
-    def _has_its_files(self) -> PromptSet:
-        if self.source != "shapeworld" and self.path is None:
-            raise ValueError(f"source {self.source} needs the key path")
+    def _has_what_its_source_reads(self) -> PromptSet:
+        read = {
+            "shapeworld": {"split"},
+            "file": {"path", "column"},
+            "coco": {"path", "images"},
+            "flickr30k": {"path", "images"},
+            "gcc": {"path"},
+        }[self.source]
+        if (self.path or "").lower().endswith(".txt"):
+            read -= {"column"}
+        for key in ("path", "images", "column", "split"):
+            value = getattr(self, key)
+            if key in read and value is None:
+                raise ValueError(f"source {self.source} needs the key {key}")
+            if key not in read and value != PromptSet.model_fields[key].default:
+                raise ValueError(f"{key}: nothing reads it here (source {self.source})")
+        if self.seed + self.count > 2**63:
+            raise ValueError(f"seed: seed + count goes beyond 2^63: {self.seed} + {self.count}")
         return self
+
+    @property
+    def files(self) -> list[str]:
+        """The file and the folder that the prompts are read from."""
+        return [path for path in (self.path, self.images) if path is not None]
 
 
 class CallSettings(Settings):
     """How the pipeline is called, the same for all stages and variants of a model."""
 
+    model_config = ConfigDict(allow_inf_nan=False)
+
     num_inference_steps: PositiveInt
+    """Denoising steps, as the model is meant to be used: 1 to 8 for step-distilled models, 20 to 50
+    for others. The time of mask learning and of generation grows in proportion."""
     guidance_scale: NonNegativeFloat | None = None
-    """null: the pipeline's own default. Classifier-free guidance, or what guidance-distilled models
-    (FLUX dev, LCM) take as an input."""
+    """Scale of classifier-free guidance; for guidance-distilled models (FLUX dev, LCM) the scale
+    that they take as an input. null: the pipeline's own default."""
     true_cfg_scale: NonNegativeFloat | None = None
-    """Qwen-Image, FLUX: classifier-free guidance; null: the pipeline's own default."""
+    """Qwen-Image, FLUX: scale of classifier-free guidance; null: the pipeline's own default."""
+    negative_prompt: str | None = None
+    """Prompt of the unconditional branch of classifier-free guidance, the same for all prompts;
+    null: the pipeline's own default."""
     height: PositiveInt
+    """Pixels; a multiple of what a token of the denoiser covers."""
     width: PositiveInt
+    """Pixels; as `height`."""
     num_frames: PositiveInt | None = None
-    """Wan: frames of a video, 1 for a picture; null: the pipeline's own default."""
+    """Wan: frames of a video, 1 for an image; null: the pipeline's own default."""
     max_sequence_length: PositiveInt | None = None
-    """Tokens of the text encoder, where it is no CLIP; null: the pipeline's own default."""
+    """Tokens of the text encoder where it is not CLIP (T5, for example); null: the pipeline's own
+    default."""
 
 
 class LoadSettings(Settings):
     """How a model is loaded."""
 
     dtype: Dtype = "float32"
+    """Of the weights. bfloat16 and float16 take half the memory of float32; gate logits are float32
+    in any case."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:<n>."""
+    """auto (a GPU where there is one), cpu, cuda or cuda:<n>."""
     device_map: str | None = None
-    """How components are spread over several GPUs, such as balanced; null: all on `device`."""
+    """How diffusers spreads the components over several GPUs, such as `balanced`; null: all on
+    `device`."""
     revision: str | None = None
-    """Commit, tag or branch on the hub."""
+    """Commit, tag or branch on the hub; null: the main branch. A commit makes a run repeatable."""
     variant: str | None = None
-    """File variant on the hub, such as fp16."""
+    """File variant on the hub, such as `fp16`; null: the files without a variant."""
     config: str | None = None
     """For a source that is a single file: hub id or folder of the pipeline it belongs to."""
 
+    @field_validator("device")
+    @classmethod
+    def _is_a_device(cls, device: str) -> str:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+            raise ValueError(f"must be auto, cpu, cuda or cuda:<n>, not {device!r}")
+        return device
+
 
 class ResourceSettings(Settings):
-    """What a job that holds the model asks of the scheduler."""
+    """What a job that loads the model requests from Snakemake or the cluster's scheduler."""
 
     gpu: NonNegativeInt = 0
+    """Number of GPUs. With more than one, masks are learned by one process on each."""
     mem_mb: PositiveInt = 3000
-    """Host memory."""
+    """Host memory in MB."""
     runtime: PositiveInt = 60
-    """Minutes a job may take."""
+    """Minutes that a job may take; a cluster stops it then."""
 
 
 class LearningRates(Settings):
-    """AdamW's learning rate for the logits of each kind of structure."""
+    """AdamW's learning rate for the gate logits, by kind of structure.
+
+    0.05 to 0.5; the paper uses 0.1 to 0.5. Higher moves the ranking further in the same number of
+    iterations and may overshoot: on the toys, with the default start and 20 % removed, 0.4 was
+    worse than 0.2.
+    """
 
     heads: PositiveFloat = 0.1
+    """Logits of attention heads."""
     neurons: PositiveFloat = 0.1
+    """Logits of feed-forward neurons."""
     modulation: PositiveFloat = 0.1
+    """Logits of modulation (AdaLN) channels."""
 
 
 class KindWeights(Settings):
-    """What a parameter of each kind of structure weighs in a penalty."""
+    """Factor on the parameters of each kind of structure in a penalty.
+
+    1: all parameters count the same. Above 1 more units of that kind are removed, below 1 fewer; 0
+    puts no pressure on that kind.
+    """
 
     heads: NonNegativeFloat = 1.0
+    """Attention heads."""
     neurons: NonNegativeFloat = 1.0
+    """Feed-forward neurons."""
     modulation: NonNegativeFloat = 1.0
+    """Modulation (AdaLN) channels."""
 
 
 class MaskSettings(Settings):
-    """How masks are learned and units selected (EcoDiff)."""
+    """How masks are learned (EcoDiff) and units selected.
+
+    Loss of mask learning: mean((z0' - z0)^2) / var(z0) + regulariser, with z0 the final latent of
+    the dense model and z0' that of the gated one.
+    """
 
     objective: Literal["penalty", "budget"] = "budget"
-    """`penalty`: a fixed beta, the same for all sparsities. `budget`: aims at a sparsity by itself,
-    by Lagrange multipliers."""
+    """The regulariser. `penalty`: beta times the expected share of parameters kept, for all
+    sparsities. `budget`: Lagrange multipliers that steer the expected sparsity to the target."""
     sparsities: Literal["per-sparsity", "shared"] = "per-sparsity"
-    """`shared`: learned once, for the middle one of a model's sparsities; the others rank its
-    scores again. A penalty aims at none, so there it is always shared."""
+    """`per-sparsity`: learn a mask for each sparsity. `shared`: learn once, for the middle one of a
+    model's sparsities, and rank its scores again for the others; takes the time of one. With
+    `penalty`, which has no target, masks are always shared."""
     beta: NonNegativeFloat = 0.1
-    """penalty: weight of the expected share of parameters kept."""
+    """penalty: weight of the expected share of parameters kept. Removing a unit pays off when it
+    adds less relative latent error than beta times the unit's share of the parameters. 0.01 to 1,
+    to be tuned for each model; higher removes more. The paper's values are for another regulariser
+    and do not carry over."""
     weights: KindWeights = KindWeights()
-    """penalty: how much more than others the parameters of a kind are wanted gone."""
+    """penalty: factor on the parameters of each kind of structure."""
     loss: Literal["end-to-end", "per-step"] = "end-to-end"
-    """`end-to-end`: the final latent must not change. `per-step`: each step's prediction must not,
-    on the dense model's own latents; the paper's ablation, far worse."""
+    """`end-to-end`: compare final latents. `per-step`: compare the prediction of each step, on the
+    dense model's latents; the paper's ablation, far worse from a flat start and, on the toys, no
+    worse from the default start."""
     first_logit: float | Literal["sensitivity"] = "sensitivity"
-    """Where logits start: `sensitivity`: each by what its unit is worth alone, to second order. A
-    number: all there, as in the paper, which starts at 3."""
+    """Initial logits. `sensitivity`: by the importance of each unit by itself (diagonal of the
+    Gauss-Newton matrix), for one backward pass per calibration prompt before learning. A number:
+    the same for all units, 2 to 4; the paper uses 3. On the toys such a flat start was far worse in
+    the same number of iterations."""
     closed: Literal["mean", "zero"] = "mean"
-    """What a closed gate lets through. `mean`: what its unit gives on average, where a bias can do
-    so when the unit is gone. `zero`: nothing, as in the paper."""
+    """What a closed gate replaces its unit's activation by. `mean`: its mean over the calibration
+    set, where there is a bias to hold it after pruning. `zero`: 0, as in the paper; on the toys,
+    errors were up to three quarters higher."""
     lr: LearningRates = LearningRates()
+    """Learning rates of the logits."""
     lr_warmup: NonNegativeInt = 0
-    """Iterations over which learning rates rise to their full value."""
+    """Iterations over which the learning rates rise linearly to their full value; 0: none."""
     noise_floor: NonNegativeFloat = 0.1
-    """Added to the uniform noise of the gates; 0 is the hard concrete distribution itself."""
+    """Bounds the noise of the gates; 0 is the hard concrete distribution itself. 0 to 1, the paper
+    uses 0.1 to 1. Higher makes gates less random. It hardly matters with the default start."""
     prompts: PositiveInt | None = None
-    """How many of the calibration prompts to learn from, the first ones; null: all."""
+    """Learn from this many of the calibration prompts, the first ones; null: all. 25 did as well as
+    100 on the toys. The initial `sensitivity` takes one backward pass for each."""
     iterations: PositiveInt = 100
-    """Updates of the logits."""
+    """Updates of the logits; time grows in proportion. 25 to 100: on the toys, 25 did nearly what
+    100 did with the default start. The paper takes 75 to 256 from a flat start."""
     patience: PositiveInt | None = None
-    """Stop early when the units to remove were the same for so many iterations, but for one in a
-    hundred. null: never."""
+    """Stop early once at most 1 % of the units to remove were exchanged over this many iterations
+    together. 10 to 30; null: run all iterations."""
     save_every: PositiveInt = 10
-    """Iterations after which the state is written: a job that is killed loses at most so many."""
+    """Save the state every so many iterations: a killed job loses at most these. 1 to 50; costs the
+    time to write the logits and two optimiser moments."""
     batch: PositiveInt = 4
-    """Prompts that pass through the denoiser together."""
+    """Prompts that pass through the denoiser together. Activation memory grows in proportion;
+    larger batches use a GPU better."""
     accumulate: PositiveInt = 1
-    """Batches whose mean gradient makes one update."""
+    """Batches whose mean gradient makes one update: time grows in proportion, memory does not. Use
+    it where a larger batch does not fit; 4 to 16 prompts per update in all."""
     warmup: Annotated[float, Field(ge=0, le=1)] = 0.3
-    """budget: share of the iterations over which the target rises to the full sparsity, where all
-    logits start at one value."""
+    """budget, with a number as `first_logit`: share of the iterations over which the target rises
+    to the full sparsity. 0.1 to 0.5; 0: the full target at once."""
     multiplier_lr: PositiveFloat = 0.01
-    """budget: learning rate of the multipliers' ascent."""
+    """budget: learning rate of the gradient ascent on the Lagrange multipliers. 0.001 to 0.1;
+    higher reaches the target sooner and may overshoot."""
     checkpoint: bool = True
-    """Recompute each denoising step in the backward pass instead of keeping its activations."""
+    """Gradient checkpointing over denoising steps: recompute each step in the backward pass instead
+    of keeping its activations. Memory of one step instead of all, for three forward passes a step
+    instead of two; the result is the same."""
     keep_steps: NonNegativeInt | Literal["auto"] = 0
-    """With checkpoint: steps whose activations are kept all the same; more memory, less time.
-    `auto`: as many as `memory_mb` allows."""
+    """checkpoint: number of steps that keep their activations and are not recomputed, from 0 to all
+    steps. Each saves one forward pass and takes the activation memory of one step. `auto`: as many
+    as `memory_mb` allows."""
     memory_mb: PositiveInt | None = None
-    """keep_steps auto: memory that activations may take; null: most of what is free."""
+    """keep_steps auto: memory that activations may take, in MB; null: 80 % of what is free."""
     debug: bool = False
-    """With checkpoint: fail unless each step that is computed again gives what it gave at first,
-    to the bit."""
+    """checkpoint: fail unless each recomputed step gives its first prediction bit by bit. Finds
+    models that are random or keep a state."""
     scope: Literal["global", "structure"] = "global"
-    """Rank units across all structures, or remove the same share of each."""
+    """`global`: rank all units against each other. `structure`: remove the same share of units from
+    each structure."""
     min_units: NonNegativeInt = 0
-    """Units that each structure keeps at least."""
+    """Minimum number of units that each structure keeps; 0: a structure may be removed as a whole.
+    Larger values lower the sparsity that is possible."""
     align: Literal[1, 8, 16, 64] = 1
-    """Feed-forwards that lose neurons keep a multiple of this many: tensor cores are slow at other
-    widths. 1: as the scores say."""
-    seed: NonNegativeInt = 0
+    """Feed-forwards that lose neurons keep a multiple of this many, because tensor cores are slow
+    at other widths. 1: no alignment. Larger values follow the scores less closely."""
+    seed: Seed = 0
+    """Of gate noise, order of prompts, the signs of `sensitivity`, and the methods that draw random
+    numbers."""
+
+    @model_validator(mode="after")
+    def _keys_are_read(self) -> MaskSettings:
+        if not self.checkpoint and self.keep_steps != 0:
+            raise ValueError("keep_steps: nothing reads it without checkpoint")
+        if not self.checkpoint and self.debug:
+            raise ValueError("debug: nothing reads it without checkpoint")
+        if self.memory_mb is not None and self.keep_steps != "auto":
+            raise ValueError("memory_mb: nothing reads it without keep_steps: auto")
+        return self
 
     @property
     def is_shared(self) -> bool:
-        """Whether one learning serves all sparsities."""
+        """Whether one learned mask gives the scores for all sparsities."""
         return self.objective == "penalty" or self.sparsities == "shared"
 
 
 class RetrainSettings(Settings):
-    """How a pruned model is retrained on what the dense model generates."""
+    """How a pruned model is retrained on final latents of the dense model."""
 
     kind: RetrainKind = "lora"
+    """`lora`: low-rank updates of attention and feed-forward linears. `full`: all weights, trained
+    in float32 with two optimiser moments per weight."""
     prompts: Name | None = None
-    """The prompt set whose images it learns from; null: the calibration set."""
+    """Prompt set whose final latents it learns from; null: the calibration set."""
     rank: PositiveInt = 16
-    """lora: rank of the updates, merged into the weights at the end."""
+    """lora: rank of the updates, which are merged into the weights at the end. 4 to 256; the paper
+    uses 16 for SDXL and 256 for FLUX."""
     lr: PositiveFloat = 1e-4
+    """Learning rate of AdamW. 1e-6 to 1e-3 for lora, 1e-7 to 1e-4 for full; the paper uses 1e-6 and
+    1e-7."""
     steps: PositiveInt = 1000
+    """Updates; time grows in proportion. 100 for a toy; the paper uses 10,000 to 40,000."""
     batch: PositiveInt = 8
-    seed: NonNegativeInt = 0
+    """Prompts per update; activation memory grows in proportion. The paper uses 4 to 32."""
+    seed: Seed = 0
+    """Of the order of prompts, timesteps, noise and the initial LoRA weights."""
     distillation: NonNegativeFloat = 0.0
-    """Weight of the distance to the dense model's prediction, beside the training loss."""
+    """Weight of the squared distance to the dense model's prediction, added to the training loss.
+    0: none; 1: as much as the training loss. Above 0 the dense denoiser stays in memory and runs
+    once per update."""
 
 
 class RetrainSection(Settings):
@@ -225,80 +357,99 @@ class RetrainSection(Settings):
 
 
 class CalibrateSettings(Settings):
-    """What the dense model is recorded on."""
+    """Which prompts the dense model is recorded on: the calibration set."""
 
     prompts: Name = "calibration"
-    """Which prompt set."""
+    """The prompt set. The paper uses 100 prompts."""
     batch_size: PositiveInt = 8
+    """Prompts that run together, without gradients: as many as fit."""
 
 
 class PruneSettings(Settings):
-    """How pruned models are made."""
+    """How the surviving weights of pruned models are compensated by least squares."""
 
     ridge: NonNegativeFloat = 1e-4
-    """Compensation: ridge, relative to the mean of the Gram matrix's diagonal."""
+    """Ridge, relative to the mean diagonal of the Gram matrix. 1e-6 to 1e-2; higher changes the
+    weights less, which is safer with few calibration prompts."""
     groups: PositiveInt = 1
-    """Compensation: 1 solves all layers at once, on the dense model's activations. More: so many
-    groups of layers one after the other, on what the layers before them give by then."""
+    """1: solve all linears at once, from the dense model's activations. More: solve this many
+    groups in the order of the forward pass, each from the activations of the model as pruned and
+    compensated so far. Each group runs the dense and the pruned model over all calibration prompts
+    and steps again."""
     batch_size: PositiveInt = 8
-    """Compensation in groups: prompts that run together."""
+    """groups above 1: prompts that run together."""
 
 
 class GenerateSettings(Settings):
-    """How images are made."""
+    """How images are generated."""
 
     shard_size: PositiveInt = 1024
-    """Prompts a job; a job starts by loading the model."""
+    """Prompts per job. Smaller shards run on more machines at once, but each job loads the model
+    first."""
     batch_size: PositiveInt = 8
+    """Prompts that run together: as many as fit. Images do not depend on it, but for rounding."""
 
 
 class EfficiencySettings(Settings):
-    """How speed and memory are measured: all variants of a model in turns, in one process."""
+    """How speed and memory are measured: all variants of a model in one process, each once in each
+    round, so that a slow moment of the machine meets all of them."""
 
     batch_size: PositiveInt = 1
+    """Images per call of the pipeline."""
     warmup: NonNegativeInt = 1
-    """Rounds that are not counted."""
+    """Rounds before the measured ones, which are not counted. 1 to 3."""
     repeats: PositiveInt = 5
-    """Rounds whose median is reported."""
+    """Rounds whose median is reported. 3 to 20."""
 
 
 class MaskCostSettings(Settings):
     """How the cost of one learning iteration is measured."""
 
-    steps: tuple[PositiveInt, ...] = (2, 4, 8)
-    """Numbers of denoising steps."""
-    kept: tuple[Annotated[float, Field(ge=0, le=1)], ...] = (0.0, 1.0)
-    """Shares of the steps whose activations are kept; 0: all steps are recomputed."""
+    steps: NonEmpty[PositiveInt] = (2, 4, 8)
+    """The numbers of denoising steps to measure at."""
+    kept: NonEmpty[Annotated[float, Field(ge=0, le=1)]] = (0.0, 1.0)
+    """The shares of steps that keep their activations to measure at. 0: all steps are recomputed;
+    1: none is, which takes the memory of all steps."""
     batch: PositiveInt = 4
+    """Prompts that pass through the denoiser together."""
     repeats: PositiveInt = 3
-    """Rounds whose median is reported."""
+    """Rounds whose median is reported. 3 to 10."""
+
+
+def _local_folder(name: str) -> str:
+    """An open_clip model's name; in that of a folder, ~ is the home of who plans the run."""
+    _, local, folder = name.partition("local-dir:")
+    return f"{local}{os.path.expanduser(folder)}" if local else name
 
 
 class EvaluateSettings(Settings):
-    """How variants are judged."""
+    """How variants are evaluated."""
 
     prompts: Name = "evaluation"
-    """Which prompt set."""
+    """The prompt set. The paper uses 5,000 captions; FID of a few hundred images is biased
+    upwards."""
     features: Literal["inception", "clip"] = "inception"
-    """What FID and KID compare: Inception pool features or the image side of clip_model."""
-    clip_model: str = "ViT-B-16"
-    """open_clip model, or `local-dir:<folder>`."""
+    """Features that FID and KID compare: `inception`: Inception's 2,048 pool features; `clip`:
+    image embeddings of `clip_model`."""
+    clip_model: Annotated[str, AfterValidator(_local_folder)] = "ViT-B-16"
+    """open_clip model, or `local-dir:<folder>`. The paper uses ViT-B-16."""
     clip_pretrained: str | None = "datacomp_xl_s13b_b90k"
     """open_clip weights; null for a local folder."""
     batch_size: PositiveInt = 32
+    """Images that pass through the feature networks together."""
     efficiency: EfficiencySettings | None = EfficiencySettings()
-    """null: not measured."""
+    """How speed and memory are measured; null: they are not."""
     mask_cost: MaskCostSettings | None = MaskCostSettings()
-    """null: not measured."""
+    """How the cost of mask learning is measured; null: it is not."""
 
 
 class ReportSettings(Settings):
     """What the tables and figures show."""
 
-    published: str | None = None
-    """A csv of published results to show beside ours."""
+    published: FilePath | None = None
+    """A csv file of published results, shown below our own table; null: none."""
     examples: PositiveInt = 8
-    """Prompts in the picture grid."""
-    shown: tuple[Share, ...] | None = None
-    """Sparsities in figures that have a row or column a variant; null: all. Such figures show the
-    first seed alone."""
+    """Prompts (rows) in the grid of images, the first ones of the evaluation set."""
+    shown: NonEmpty[Share] | None = None
+    """Sparsities in figures that have one row or column per variant; null: all. Such figures show
+    only the first seed."""

@@ -6,43 +6,58 @@ import re
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, NonNegativeInt, model_validator
+from pydantic import BeforeValidator, model_validator
 
 from ecodiff.config.methods import METHODS
-from ecodiff.config.sections import MethodName, Name, RetrainKind, Settings, Share
+from ecodiff.config.sections import (
+    MethodName,
+    Name,
+    NonEmpty,
+    RetrainKind,
+    Seed,
+    Settings,
+    Share,
+)
 from ecodiff.runtime.errors import UserError
 
 
 def _listed(value: Any) -> Any:
-    """A list of one, where only one is given."""
+    """Wrap a single value in a list."""
     return value if isinstance(value, list | tuple) else [value]
 
 
 class VariantSettings(Settings):
-    """A family of variants: one a method, sparsity, seed, and with compensation or without."""
+    """A family of variants: all combinations of methods, sparsities, compensations and seeds."""
 
     method: Annotated[
-        tuple[MethodName, ...],
+        NonEmpty[MethodName],
         BeforeValidator(_listed, json_schema_input_type=MethodName | list[MethodName]),
     ]
-    """One, or a list of them."""
-    sparsities: tuple[Share, ...]
-    """Shares of the denoiser's parameters to remove, in whole per cent."""
+    """One method, or a list of them; docs/methods.md explains them."""
+    sparsities: NonEmpty[Share]
+    """Shares of the denoiser's parameters to remove, in steps of 0.01. Up to the maskable share of
+    the model, see docs/families.md."""
     compensation: Annotated[
-        tuple[bool, ...], BeforeValidator(_listed, json_schema_input_type=bool | list[bool])
+        NonEmpty[bool], BeforeValidator(_listed, json_schema_input_type=bool | list[bool])
     ] = (False,)
-    """Re-solve the surviving weights by least squares; [false, true] for variants of both kinds."""
-    seeds: tuple[NonNegativeInt, ...] | None = None
-    """A variant for each seed of the scores, instead of one with the seed of the section `mask`."""
+    """Re-solve the surviving weights by least squares, without training; see the section `prune`.
+    [false, true] gives variants of both kinds."""
+    seeds: NonEmpty[Seed] | None = None
+    """One variant for each of these seeds; null: one, with the seed of the section `mask`. Each
+    seed scores all units again."""
     retrain: RetrainKind | None = None
-    models: tuple[Name, ...] | None = None
+    """Retrain the pruned model with the settings of `retrain.lora` or `retrain.full`; null: not."""
+    models: NonEmpty[Name] | None = None
     """The models it applies to; null: all."""
 
     @model_validator(mode="after")
     def _whole_percents(self) -> VariantSettings:
         for sparsity in self.sparsities:
-            if abs(100 * sparsity - round(100 * sparsity)) > 1e-6:
-                raise ValueError(f"sparsity {sparsity} is not a whole per cent, such as 0.25")
+            percent = 100 * sparsity
+            if not 1 <= round(percent) <= 99 or abs(percent - round(percent)) > 1e-6:
+                raise ValueError(
+                    f"sparsity {sparsity} is not a whole per cent from 0.01 to 0.99, such as 0.25"
+                )
         return self
 
     def variants(self) -> list[Variant]:
@@ -58,9 +73,16 @@ class VariantSettings(Settings):
 
 @dataclass(frozen=True)
 class Variant:
-    """One version of a model; its name is a folder and a table row.
+    """One version of a model. Its name is used for folders and table rows:
 
     `dense` or `{method}-{percent}[-s{seed}][-comp][-lora|-full]`, such as `ecodiff-30-comp-lora`.
+
+    Attributes:
+        method: a key of `METHODS`, or `dense` for the untouched model.
+        percent: target sparsity in whole per cent.
+        compensation: whether surviving weights are re-solved by least squares.
+        retrain: `lora`, `full` or None.
+        seed: seed of the scores; None: that of the section `mask`.
     """
 
     method: MethodName | Literal["dense"] = "dense"
@@ -71,7 +93,7 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """The inverse of `parse`."""
+        """Its name, which `parse` reads."""
         if self.is_dense:
             return "dense"
         parts = [self.mask, "comp" if self.compensation else None, self.retrain]
@@ -100,12 +122,12 @@ class Variant:
 
     @property
     def scores(self) -> Variant:
-        """The variant that is its mask and nothing else."""
+        """The variant with the same mask, without compensation and retraining."""
         return replace(self, retrain=None, compensation=False)
 
     @classmethod
     def parse(cls, name: str) -> Variant:
-        """The variant of a name; UserError when it is none."""
+        """The variant that a name stands for. Raises `UserError` when the name has another form."""
         match = VARIANT_NAME.fullmatch(name)
         if match is None:
             raise UserError(

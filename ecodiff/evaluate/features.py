@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from ecodiff.runtime.errors import UserError
+from ecodiff.config.checks import inception_weights
+from ecodiff.runtime.errors import UserError, first_line
 
 Features = Callable[[np.ndarray], Tensor]
 """uint8 images (n, height, width, 3) to float32 features (n, d) on the CPU."""
@@ -60,8 +62,18 @@ class Clip:
 
 
 def inception(device: str = "cpu") -> Features:
-    """The 2048 pool features that FID and KID are published with, by torchmetrics' own network."""
-    network = FrechetInceptionDistance(feature=2048).inception.to(device)
+    """The 2048 pool features that FID and KID are published with, by torchmetrics' own network.
+
+    Raises:
+        UserError: its weights are not here and cannot be fetched, or are damaged.
+    """
+    try:
+        network = FrechetInceptionDistance(feature=2048).inception.to(device)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(
+            f"evaluate.features: the weights of Inception cannot be read from {inception_weights()}"
+            f" or fetched ({first_line(error)}); put that file there, or set features: clip"
+        ) from error
 
     @torch.inference_mode()
     def features(images: np.ndarray) -> Tensor:

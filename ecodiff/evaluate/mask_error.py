@@ -9,7 +9,9 @@ from diffusers import DiffusionPipeline
 
 from ecodiff.calibrate import Calibration
 from ecodiff.mask import Mask
+from ecodiff.models.calls import why_not_finite
 from ecodiff.models.structures import denoiser_of, discover
+from ecodiff.runtime.errors import UserError
 from ecodiff.trajectory.gates import Gates
 
 COLUMNS = ("mask", "sparsity", "latent_error", "median_error")
@@ -37,9 +39,12 @@ def mask_error(
         that turn out as something else, so among good masks it is chance; the median is not.
 
     Raises:
-        UserError: record or mask are of another model, or a sparsity cannot be reached.
+        UserError: record or mask are of another model, a sparsity cannot be reached, or an error is
+            not finite.
     """
-    record.check(pipe)
+    record = record.for_dense(pipe)
+    for mask in masks.values():  # before the first is measured
+        mask.check(pipe)
     denoiser = denoiser_of(pipe)
     structures = discover(denoiser)
     dense = record.z0.double()
@@ -52,5 +57,11 @@ def mask_error(
             with gates.attached(denoiser):
                 latents = record.drawn_by(pipe, batch_size)
             errors = (latents.double() - dense).square().flatten(1).mean(1) / variance
+            if not errors.isfinite().all():
+                odd = (~errors.isfinite()).nonzero().flatten().tolist()[:5]
+                raise UserError(
+                    f"mask-error: {mask.file} at {sparsity}: errors of prompts {odd} are not"
+                    f" finite; {why_not_finite(pipe)}"
+                )
             rows.append((name, sparsity, errors.mean().item(), errors.quantile(0.5).item()))
     return pd.DataFrame(rows, columns=[*COLUMNS])

@@ -6,6 +6,7 @@ Imports no diffusers: a job starts in the time of torch, torchmetrics and open_c
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import isfinite
 
 import numpy as np
 import pandas as pd
@@ -18,8 +19,9 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 from ecodiff.config.sections import EvaluateSettings
 from ecodiff.evaluate.features import Clip, Features, Precomputed, inception
-from ecodiff.evaluate.samples import Samples, read_image
+from ecodiff.evaluate.samples import Samples
 from ecodiff.runtime.errors import UserError
+from ecodiff.runtime.pictures import read_picture
 from ecodiff.toys import checker, world
 
 KID_SUBSET = 1000  # samples in each of KID's 100 subsets, or half of the set if that is fewer
@@ -34,22 +36,28 @@ class Judge:
         dense: Samples,
         settings: EvaluateSettings,
         device: str = "cpu",
+        table: str = "the prompt table",
     ) -> None:
         """Prepares what all variants are compared with.
 
         Args:
-            prompts: columns `index` (int), `prompt` (str), `image` (path of a real image, or None
-                for all: then there is no FID, KID and CMMD).
+            prompts: columns `index` (int), `prompt` (str), `seed` (int), `image` (path of a real
+                image, or None for all: then there is no FID, KID and CMMD).
             dense: the dense model's pictures of the same prompts.
             settings: the `evaluate` section of the config.
             device: where the feature networks run.
+            table: the file of the prompts, for errors.
 
         Raises:
-            UserError: a picture, a real image or the CLIP model is missing.
+            UserError: an index is there twice, the pictures are not of these prompts, or a
+                picture, a real image or the CLIP model is missing.
         """
         self.prompts = prompts.sort_values("index", ignore_index=True)
         self.dense, self.batch_size = dense, settings.batch_size
-        _same_prompts(dense, self.prompts["index"].to_numpy())
+        twice = self.prompts["index"][self.prompts["index"].duplicated()].tolist()
+        if twice:
+            raise UserError(f"{table}: index {twice[0]} is there twice")
+        dense.check_prompts(self.prompts, table)
         self.captions: list[str] = self.prompts["prompt"].tolist()
         self.clip = Clip(settings.clip_model, settings.clip_pretrained, device)
         self.features: Features = (
@@ -82,17 +90,16 @@ class Judge:
                 few pictures that turn out as something else.
 
         Raises:
-            UserError: the pictures are not those of the prompts, or not of the dense ones' size.
+            UserError: the pictures can't be compared with the dense ones, see
+                `Samples.check_dense`, or a latent or a metric is not finite.
         """
-        _same_prompts(samples, self.dense.index)
+        samples.check_dense(self.dense)
         ssim = StructuralSimilarityIndexMeasure(data_range=1.0)
         psnr = PeakSignalNoiseRatio(data_range=1.0)
         features, embeddings, met, errors = [], [], [], []
         moments = torch.zeros(3, dtype=torch.float64)
         for rows in self._batches():
             images, dense = samples.images(rows), self.dense.images(rows)
-            if images.shape != dense.shape:
-                raise UserError(f"evaluate: pictures are {images.shape}, dense {dense.shape}")
             embedded = self.clip.images(images)
             embeddings.append(embedded)
             features.append(embedded if self.shares_features else self.features(images))
@@ -107,7 +114,7 @@ class Judge:
                 ]
         noise, relative = psnr.compute().item(), torch.cat(errors) / _variance(moments)
         embedded, shown = torch.cat(embeddings), np.array(met, bool)
-        return {
+        judged = {
             "count": len(samples),
             **self._distances(torch.cat(features)),
             "cmmd": None if self.real is None else cmmd(self.real_embedded, embedded),
@@ -120,6 +127,10 @@ class Judge:
             "latent_error": relative.mean().item(),
             "latent_error_median": relative.quantile(0.5).item(),
         }
+        odd = [key for key, value in judged.items() if value is not None and not isfinite(value)]
+        if odd:
+            raise UserError(f"{samples}: {odd[0]} against {self.dense} is {judged[odd[0]]}")
+        return judged
 
     def _batches(self) -> Iterator[slice]:
         return (
@@ -141,7 +152,7 @@ class Judge:
         height, width = self.dense.images(slice(0, 1)).shape[1:3]
         features, embeddings = [], []
         for rows in self._batches():
-            images = np.stack([np.asarray(read_image(p, (width, height))) for p in paths[rows]])
+            images = np.stack([np.asarray(read_picture(p, (width, height))) for p in paths[rows]])
             embeddings.append(self.clip.images(images))
             features.append(embeddings[-1] if self.shares_features else self.features(images))
         return torch.cat(features), torch.cat(embeddings)
@@ -201,12 +212,6 @@ def _unit(images: np.ndarray) -> Tensor:
     In float64 SSIM differs by less than 1e-5, and torch takes ten times as long.
     """
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
-
-
-def _same_prompts(samples: Samples, index: np.ndarray) -> None:
-    if not np.array_equal(samples.index, index):
-        odd = sorted(set(samples.index.tolist()) ^ set(index.tolist()))[:5]
-        raise UserError(f"evaluate: prompts {odd} have no pictures, or pictures have no prompts")
 
 
 def _is_shapeworld(caption: str) -> bool:

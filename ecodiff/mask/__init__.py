@@ -1,4 +1,4 @@
-"""Masks: which units of a denoiser stay, by any method that gives each unit a score."""
+"""Masks: which units of a denoiser stay. Any method that gives each unit a score can make one."""
 
 from __future__ import annotations
 
@@ -18,11 +18,15 @@ from torch import Tensor
 
 from ecodiff.calibrate import Calibration, calibrate
 from ecodiff.config.methods import METHODS
+from ecodiff.config.reading import read_settings
 from ecodiff.config.sections import MaskSettings
 from ecodiff.mask.methods import Request, Scores, scored
 from ecodiff.mask.select import check_scores, limits_of, removed_share, select
 from ecodiff.mask.sensitivity import closed_means
-from ecodiff.models.structures import Structure, count_parameters, denoiser_of, discover
+from ecodiff.models.identity import OLD, same_denoiser
+from ecodiff.models.pipelines import check_fingerprint, fingerprint, name_of
+from ecodiff.models.pruned import Pruned
+from ecodiff.models.structures import count_parameters, denoiser_of, discover
 from ecodiff.runtime.artifacts import atomic
 from ecodiff.runtime.errors import UserError
 
@@ -31,56 +35,71 @@ __all__ = ["Mask", "learn_mask", "make_mask", "score", "select"]
 
 @dataclass
 class Mask:
-    """Scores, the units that stay, and where both come from.
+    """Scores, the units that stay, and how both were made.
 
     Attributes:
         scores: structure name -> fp32 (units,), higher is more important.
         kept: structure name -> bool (units,), true for units that stay.
-        info: model, method, target, exact sparsity, settings; anything that JSON can hold.
-        means: what biases give in the place of units that go, see `Calibration`; none: nothing.
+        fingerprint: of the dense model, see `pipelines.fingerprint`.
+        info: model, method, target and exact sparsity, settings, and of methods that look at a
+            calibration its call, prompts and seeds; values must be JSON.
+        means: module name -> mean activation that a bias supplies once units are removed, see
+            `Calibration.means`. Empty: removed units contribute 0.
+        file: what errors call it.
     """
 
     scores: dict[str, Tensor]
     kept: dict[str, Tensor]
+    fingerprint: str
     info: dict[str, Any] = field(default_factory=dict)
     means: dict[str, Tensor] = field(default_factory=dict)
+    file: str = "mask"
 
-    def check(self, structures: Sequence[Structure]) -> None:
-        """Raise `UserError` unless names and sizes are those of a model's structures."""
+    def check(self, pipe: DiffusionPipeline) -> None:
+        """Raise `UserError` unless this is of the dense model `pipe`, with all its structures."""
+        # Whatever the scheduler: it may be swapped between learning and pruning.
+        check_fingerprint(self.file, self.fingerprint, fingerprint(pipe), pipe, same_denoiser)
+        structures = discover(pipe)
         check_scores(structures, self.scores)
         check_scores(structures, {name: value.float() for name, value in self.kept.items()})
 
     def at(self, pipe: DiffusionPipeline, sparsity: float) -> Mask:
-        """The mask of another sparsity by the same scores, selected by the same settings.
+        """The mask for another sparsity: the same scores ranked again, with the same settings.
 
-        Right unless the scores were learned for one sparsity alone. Raises what `select` does.
+        Scores that were learned for one sparsity are usable at others but were not optimised for
+        them. Raises what `check` and `select` do.
         """
+        self.check(pipe)
         settings = MaskSettings.model_validate(self.info["settings"])
-        return replace(
-            _selected(pipe, self.scores, sparsity, settings, self.info), means=self.means
-        )
+        found = _selected(pipe, self.scores, sparsity, settings, self.info)
+        return replace(self, kept=found.kept, info=found.info)
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file, whole or not at all."""
+        """Write one safetensors file atomically."""
         tensors = {f"scores/{name}": v.float().contiguous() for name, v in self.scores.items()}
         tensors |= {f"kept/{name}": value.contiguous() for name, value in self.kept.items()}
         tensors |= {f"means/{name}": value.contiguous() for name, value in self.means.items()}
         with atomic(path) as scratch:
-            save_file(tensors, scratch, metadata={"ecodiff": json.dumps(self.info, default=str)})
+            info = json.dumps(self.info, default=str)
+            metadata = {"ecodiff": info, "fingerprint": self.fingerprint}
+            save_file(tensors, scratch, metadata=metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read what `save` wrote. Raises `UserError` when the file is missing or not one."""
+        """Read what `save` wrote. Raises `UserError` when the file is missing, old or not one."""
         parts: dict[str, dict[str, Tensor]] = {"scores": {}, "kept": {}, "means": {}}
         try:
             with safe_open(path, framework="pt") as file:
-                info = json.loads(file.metadata()["ecodiff"])
+                metadata = file.metadata()
+                info = json.loads(metadata["ecodiff"])
                 for key in file.keys():  # noqa: SIM118
                     part, _, name = key.partition("/")
                     parts[part][name] = file.get_tensor(key)
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: missing, truncated or not a mask of ecodiff") from error
-        return cls(**parts, info=info)
+        if "fingerprint" not in metadata:
+            raise UserError(f"{path}: {OLD}")
+        return cls(**parts, info=info, fingerprint=metadata["fingerprint"], file=str(path))
 
 
 def score(
@@ -89,25 +108,29 @@ def score(
     *,
     seed: int = 0,
     calibration: Calibration | None = None,
-    settings: MaskSettings | None = None,
+    settings: MaskSettings | Mapping[str, Any] | None = None,
     sparsity: float | None = None,
 ) -> Scores:
-    """Score every unit with a method of `config.methods.METHODS`.
+    """Score every unit with one method.
 
     Args:
-        seed: of `random` and `taylor`.
-        calibration: what `calibrate` recorded of this model, for methods that look at it.
-        settings: how to learn, for methods that do, and how gates close; the seed in them counts
-            for `sensitivity` too. The others read the batch size and the number of prompts.
-        sparsity: what to aim at, for methods that learn with the objective `budget`.
+        pipe: the dense pipeline.
+        method: a key of `config.methods.METHODS`.
+        seed: for `random` and `taylor`.
+        calibration: what `calibrate` recorded of this model; needed by methods that look at it.
+        settings: the `mask` section. Methods that learn read all of it; `sensitivity` reads batch,
+            prompts, seed, checkpoint and closed; the others batch and prompts.
+        sparsity: target of the objective `budget`; needed by methods that learn with it.
 
     Returns:
         Structure name -> fp32 (units,), higher is more important.
 
     Raises:
-        UserError: an unknown method, or something that the method needs is missing.
+        UserError: an unknown method, no calibration or sparsity where the method needs one, or the
+            model is pruned already.
     """
-    request = Request(seed, settings or MaskSettings(), calibration, sparsity)
+    _refuse_pruned(pipe)
+    request = Request(seed, read_settings(MaskSettings, settings), calibration, sparsity)
     return scored(pipe, method, request)[0]
 
 
@@ -117,20 +140,31 @@ def make_mask(
     sparsity: float,
     *,
     calibration: Calibration | None = None,
-    settings: MaskSettings | None = None,
+    settings: MaskSettings | Mapping[str, Any] | None = None,
     scratch: Path | None = None,
 ) -> tuple[Mask, pd.DataFrame]:
-    """Score with a method, then select: the mask and the history (no rows for baselines).
+    """Score all units with a method, then select those that stay at a sparsity.
 
-    `settings` also says how to select (`scope`, `min_units`, `align`) and seeds `random`. `scratch`
-    holds the state of unfinished learning, see `learn.learn_mask`. Raises what `score` and `select`
-    do.
+    Args:
+        pipe: the dense pipeline.
+        method: a key of `config.methods.METHODS`.
+        sparsity: share of the denoiser's parameters to remove.
+        calibration: what `calibrate` recorded of this model; needed by methods that look at it.
+        settings: the `mask` section: how to score, how to select (`scope`, `min_units`, `align`),
+            and the seed.
+        scratch: file for the state of unfinished learning, see `learn.learn_mask`.
+
+    Returns:
+        The mask, and the history of learning (no rows when the method does not learn).
+
+    Raises:
+        UserError: what `score` and `select` raise.
     """
-    settings = settings or MaskSettings()
+    settings = read_settings(MaskSettings, settings)
     denoiser = denoiser_of(pipe)
-    nothing = {s.name: torch.zeros(s.units) for s in discover(denoiser)}
-    # Fails before hours of learning, not after, when the sparsity cannot be reached.
-    _selected(pipe, nothing, sparsity, settings)
+    _check_target(pipe, sparsity, settings)
+    if calibration is not None:
+        calibration.check(pipe)
     request = Request(settings.seed, settings, calibration, sparsity, scratch)
     found, history = scored(pipe, method, request)
     info = {
@@ -140,7 +174,7 @@ def make_mask(
         "settings": settings.model_dump(),
     }
     if calibration is not None:
-        info |= {"seeds": calibration.seeds, "fingerprint": calibration.fingerprint}
+        info |= {key: getattr(calibration, key) for key in ("call", "prompts", "seeds")}
     mask = _selected(pipe, found, sparsity, settings, info)
     if METHODS[method].closes_on_means and calibration is not None:
         mask.means = dict(closed_means(settings, calibration))
@@ -149,27 +183,47 @@ def make_mask(
 
 def learn_mask(
     pipe: DiffusionPipeline,
-    prompts: Sequence[str],
+    prompts: str | Sequence[str],
     sparsity: float = 0.2,
     *,
     seeds: Sequence[int] | None = None,
-    call: dict[str, Any] | None = None,
-    settings: MaskSettings | None = None,
+    call: Mapping[str, Any] | None = None,
+    settings: MaskSettings | Mapping[str, Any] | None = None,
 ) -> Mask:
-    """Calibrate on prompts, learn (EcoDiff) and select, in one go.
+    """Calibrate on prompts, learn a mask (EcoDiff) and select the units that stay.
 
     Args:
         pipe: the dense pipeline.
-        prompts: calibration captions; a hundred do.
+        prompts: captions of the calibration set, or a single one; the paper uses 100.
         sparsity: share of the denoiser's parameters to remove.
-        seeds: of the starting noise, a different one a prompt; 0, 1, 2, ... by default.
-        call: how to call the pipeline; its own defaults otherwise.
-        settings: how to learn.
+        seeds: seeds of the starting noise, one per prompt, all different; default 0, 1, 2, ...
+        call: arguments of the pipeline's call, such as `num_inference_steps`, `guidance_scale`,
+            `height` and `width`; the pipeline's own defaults otherwise.
+        settings: the `mask` section, or a mapping of some of its keys; its defaults otherwise.
+
+    Raises:
+        UserError: what `calibrate`, `score` and `select` raise, all before anything is computed
+            but for values that are not finite.
     """
-    settings = settings or MaskSettings()
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    few = {} if settings else {"batch": max(1, min(MaskSettings().batch, len(prompts)))}
+    settings = read_settings(MaskSettings, settings or few)
     seeds = list(range(len(prompts))) if seeds is None else list(seeds)
-    calibration = calibrate(pipe, list(prompts), seeds, call or {}, settings.batch)
+    _check_target(pipe, sparsity, settings)
+    calibration = calibrate(pipe, prompts, seeds, dict(call or {}), settings.batch)
     return make_mask(pipe, "ecodiff", sparsity, calibration=calibration, settings=settings)[0]
+
+
+def _refuse_pruned(pipe: DiffusionPipeline) -> None:
+    if isinstance(denoiser_of(pipe), Pruned):
+        raise UserError("mask: the denoiser is pruned already; masks are those of the dense model")
+
+
+def _check_target(pipe: DiffusionPipeline, sparsity: float, settings: MaskSettings) -> None:
+    """Fails before hours of learning, not after, when the sparsity cannot be reached."""
+    _refuse_pruned(pipe)
+    nothing = {s.name: torch.zeros(s.units) for s in discover(denoiser_of(pipe))}
+    _selected(pipe, nothing, sparsity, settings)
 
 
 def _selected(
@@ -179,9 +233,15 @@ def _selected(
     settings: MaskSettings,
     info: Mapping[str, Any] = MappingProxyType({}),
 ) -> Mask:
-    """The mask that scores give at a sparsity; `info` is completed."""
+    """The mask that scores give at a sparsity; adds target, sparsity and parameters to `info`."""
     denoiser = denoiser_of(pipe)
     structures, total = discover(denoiser), count_parameters(denoiser)
     kept = select(structures, found, sparsity, total, **limits_of(settings))
     exact = removed_share(structures, kept, total)
-    return Mask(found, kept, {**info, "target": sparsity, "sparsity": exact, "parameters": total})
+    info = {**info, "target": sparsity, "sparsity": exact, "parameters": total}
+    return Mask(found, kept, fingerprint(pipe), info)
+
+
+def _refuse_pruned(pipe: DiffusionPipeline) -> None:
+    if isinstance(denoiser_of(pipe), Pruned):
+        raise UserError(f"mask: {name_of(pipe)} is pruned already; masks are of dense models")

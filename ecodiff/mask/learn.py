@@ -1,4 +1,8 @@
-"""Mask learning: the logits of all gates, end to end through the whole denoising trajectory."""
+"""Mask learning: optimise the logits of all gates through the whole denoising loop.
+
+This file is the loop around the updates: its state on disk, what a person sees of it, and what it
+says when memory does not suffice. One update is in `learner`.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +44,7 @@ COLUMNS = (
     "changed",
     "seconds",
 )
-# Settings that change what learning costs, and no mask.
+# Settings that change the cost of learning and not its result: a run may be continued with others.
 COST_ONLY = {"checkpoint", "keep_steps", "memory_mb", "save_every", "debug"}
 
 log = logging.getLogger(__name__)
@@ -53,27 +57,29 @@ def learn_mask(
     sparsity: float,
     scratch: Path | None = None,
 ) -> tuple[dict[str, Tensor], pd.DataFrame]:
-    """Learn a logit a unit (EcoDiff, "end-to-end objective" and "time-step checkpointing").
+    """Learn one gate logit per unit (EcoDiff, "end-to-end objective" and "time-step gradient
+    checkpointing").
 
     Args:
         pipe: the dense pipeline; its text encoders are not used.
-        calibration: what `calibrate` recorded of it.
+        calibration: what `calibrate` recorded of this model.
         settings: the `mask` section.
-        sparsity: what the objective `budget` aims at; `penalty` doesn't read it.
-        scratch: file that holds the state of an unfinished run, which is continued from there.
+        sparsity: target of the objective `budget`; `penalty` does not read it.
+        scratch: file for the state of an unfinished run. If it exists and has the same settings,
+            data and code, learning continues from it.
 
     Returns:
-        Scores, structure name -> fp32 (units,) logits on the CPU; and the history, a row an
-        iteration with `COLUMNS`. `changed` is the share of the units to remove that others have
-        taken the place of in that iteration.
+        The scores: structure name -> fp32 (units,) logits, on the CPU. And the history with
+        `COLUMNS`, one row per iteration; `changed` is the share of the units to remove that this
+        iteration replaced by others.
 
     Raises:
-        UserError: the calibration is of another model, a batch does not fit into memory, or the
-            loss stops being finite; iteration and prompts are named and the last good state is in
-            `scratch`.
-        Stopped: SIGTERM came; the state is in `scratch`.
+        UserError: the calibration is of another model, a batch does not fit into memory, or loss or
+            gradients are not finite; then iteration and prompts are named, and the last good state
+            is in `scratch`.
+        Stopped: SIGTERM arrived; the state is in `scratch`.
     """
-    calibration.check(pipe)
+    calibration = calibration.for_dense(pipe)
     with _memory_explained(settings):
         learner = Learner(pipe, calibration, settings, sparsity)
     identity = {
@@ -114,8 +120,11 @@ def learn_mask(
 
 @contextmanager
 def _watched(iterations: int, scratch: Path | None) -> Iterator[Callable[[dict[str, float]], None]]:
-    """Gives what shows a row of the history: a bar on a terminal, or else lines; TensorBoard too,
-    where it is installed, in a folder beside the state."""
+    """Yield a function that shows one row of the history.
+
+    On a terminal it is a progress bar, otherwise a line of the log per row. Where TensorBoard is
+    installed, rows are also written to the folder `tensorboard` beside the state.
+    """
     board = _tensorboard(scratch)
     console = Console(stderr=True)
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
@@ -138,7 +147,7 @@ def _watched(iterations: int, scratch: Path | None) -> Iterator[Callable[[dict[s
 
 
 def _tensorboard(scratch: Path | None) -> Any:
-    """A writer of TensorBoard's; None where it is not installed or there is no place for it."""
+    """A TensorBoard writer; None where it is not installed or there is no scratch folder."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -150,7 +159,7 @@ def _tensorboard(scratch: Path | None) -> Any:
 
 @contextmanager
 def _memory_explained(settings: MaskSettings) -> Iterator[None]:
-    """Where memory does not suffice, one line that says what would."""
+    """Turn an out-of-memory error into one line that says which setting to change."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -158,7 +167,7 @@ def _memory_explained(settings: MaskSettings) -> Iterator[None]:
 
 
 def _what_fits(settings: MaskSettings) -> str:
-    """What to change so that the same update takes less memory."""
+    """The next setting to change so that the same update takes less memory."""
     if not settings.checkpoint:
         return "set checkpoint: true"
     if settings.keep_steps == "auto" or settings.keep_steps > 0:

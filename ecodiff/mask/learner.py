@@ -1,4 +1,4 @@
-"""One update of a mask's logits: its prompts, its loss through the whole trajectory, its step."""
+"""One update of a mask's logits: choose prompts, compute the loss and its gradient, step AdamW."""
 
 from __future__ import annotations
 
@@ -30,13 +30,28 @@ from ecodiff.trajectory.activations import affordable_steps
 from ecodiff.trajectory.gates import Gates
 from ecodiff.trajectory.rollout import DenseStep, dense_steps, frozen, rollout
 
-SETTLED = 0.01  # share of the units to remove whose exchange still counts as no change
+# The ranking counts as settled when at most this share of the units to remove was replaced by
+# others over the last `patience` iterations together.
+SETTLED = 0.01
 
 log = logging.getLogger(__name__)
 
 
 class Learner:
-    """The gates of a model, and what one update of their logits needs."""
+    """The gates of a model with their optimiser and objective.
+
+    One update of the logits is `differentiate`, then `apply`. Several processes may share a batch,
+    see `Workers`.
+
+    Args:
+        pipe: the dense pipeline.
+        calibration: what `calibrate` recorded of it.
+        settings: the `mask` section.
+        sparsity: target of the objective `budget`.
+
+    Raises:
+        UserError: the sparsity is more than all units together hold.
+    """
 
     def __init__(
         self,
@@ -49,6 +64,12 @@ class Learner:
         self.calibration = calibration.first(settings.prompts)
         self.denoiser, self.sparsity = denoiser_of(pipe), sparsity
         self.workers = Workers(self.denoiser.device)
+        together, count = settings.batch * self.workers.count, len(self.calibration.prompts)
+        if together > count:
+            raise UserError(
+                f"mask.batch: {together} prompts pass together, but there are {count}, which would"
+                f" repeat; at most {count // self.workers.count} a process"
+            )
         structures = discover(self.denoiser)
         self.total = count_parameters(self.denoiser)
         first = 0.0 if settings.first_logit == "sensitivity" else settings.first_logit
@@ -69,13 +90,13 @@ class Learner:
         self.keep_steps = self._affordable() if keep == "auto" else keep
 
     def info(self, history: list[dict[str, float]]) -> dict[str, Any]:
-        """What a state holds beside logits and moments."""
+        """What a saved state holds besides logits and optimiser moments."""
         return {"history": history, "objective": asdict(self.objective)}
 
     def begin(self, state: State) -> list[dict[str, float]]:
-        """Take on a state, or else find the first logits; the history so far."""
+        """Restore a saved state, or set the initial logits. Returns the history so far."""
         found = state.restore()
-        if not self.workers.is_first:  # all continue from the state, and one of them writes it
+        if not self.workers.is_first:  # all processes read the state, only the first writes it
             state.path = None
         if found is None:
             found = self.info([])
@@ -86,7 +107,11 @@ class Learner:
         return found["history"]
 
     def _start_from_sensitivity(self) -> None:
-        """Logits are log(cost / price): a unit's sensitivity and what it must be worth to stay."""
+        """Set the logits to log(cost / price), see `sensitivity.first_logits`.
+
+        The cost is a unit's sensitivity per share of the parameters, the price the cost below which
+        the objective removes units.
+        """
         settings = self.settings
         found = sensitivity(
             self.pipe,
@@ -104,11 +129,16 @@ class Learner:
                 self.gates.logits[s.name].copy_(first_logits(costs[s.name], prices[s.kind]))
 
     def differentiate(self, iteration: int) -> dict[str, float]:
-        """Put into the logits the mean gradient of `batch * accumulate` prompts; changes no logit.
+        """Compute the mean gradient over `batch * accumulate` prompts, without an update.
 
-        Its randomness depends on the seed and the iteration alone, so a continued run is the same
-        as one that never stopped. Returns the row of the history, but for what `apply` finds.
-        Raises `FloatingPointError` when loss or gradients are not finite.
+        All randomness comes from the seed and the iteration alone, so a continued run equals one
+        that never stopped.
+
+        Returns:
+            The row of the history without `changed`, which `apply` adds.
+
+        Raises:
+            FloatingPointError: loss or gradients are not finite.
         """
         started, settings = time.perf_counter(), self.settings
         generator = torch.Generator().manual_seed(_mix(settings.seed, 1, iteration))
@@ -119,7 +149,7 @@ class Learner:
         progress = (iteration + 1) / settings.iterations
         removed = expected_sparsity(self.gates, self.total)
         regulariser = self.objective.regulariser(removed, progress)
-        # Its graph is the logits' own, so this pass is free and needs nothing retained.
+        # The regulariser depends on the logits alone, so its backward pass does not run the model.
         if regulariser.requires_grad:
             regulariser.backward()
         if not all(logits.grad.isfinite().all() for logits in self.gates.logits.values()):
@@ -137,7 +167,7 @@ class Learner:
         }
 
     def apply(self, row: dict[str, float]) -> dict[str, float]:
-        """Update logits and multipliers by what `differentiate` found; the whole row."""
+        """Update the logits and the Lagrange multipliers; returns the row with `changed`."""
         before, iteration = self._to_remove(), row["iteration"]
         rising = (iteration + 1) / max(1, self.settings.lr_warmup)
         for group in self.optimiser.param_groups:
@@ -149,7 +179,8 @@ class Learner:
         return {**row, "changed": new.sum().item() / max(1, before.sum().item())}
 
     def is_settled(self, history: list[dict[str, float]]) -> bool:
-        """Whether the ranking has stopped changing, at the full target, and may be stopped."""
+        """Whether learning may stop early: the target has reached its full value and the units to
+        remove have hardly changed for `patience` iterations."""
         patience, last = self.settings.patience, len(history) / self.settings.iterations
         if patience is None or len(history) < patience:
             return False
@@ -158,14 +189,17 @@ class Learner:
         return sum(row["changed"] for row in history[-patience:]) <= SETTLED
 
     def _to_remove(self) -> Tensor:
-        """The units that would go now: bool (all units,), on the CPU."""
+        """The units that the present logits would remove: bool (all units,), on the CPU."""
         logits = {name: value.detach() for name, value in self.gates.logits.items()}
         limits = limits_of(self.settings)
         kept = select(self.gates.structures, logits, self.sparsity, self.total, **limits)
         return ~torch.cat([*kept.values()])
 
     def _backward(self, rows: list[int], generator: torch.Generator) -> float:
-        """Add the gradient of one batch's share of the mean distortion; returns its distortion."""
+        """Draw gates for one batch and add its gradient; returns the batch's distortion.
+
+        `rows` are the prompts of all processes; this one computes its own part of them.
+        """
         own = self.workers.own(len(rows))
         self.gates.draw(len(rows), generator, own)
         rows = rows[own]
@@ -173,7 +207,7 @@ class Learner:
         steps: list[DenseStep] = []
         if self.settings.loss == "per-step":
             steps = dense_steps(self.pipe, embeds, noise, self.calibration.call)
-        # The backward pass is inside too: it runs each step again.
+        # The backward pass must be inside, too: it recomputes steps, which need their gates.
         with self.gates.attached(self.denoiser):
             if steps:
                 loss = _per_step(self.denoiser, steps)
@@ -187,7 +221,7 @@ class Learner:
         return value
 
     def _end_to_end(self, embeds: dict[str, Tensor], noise: Tensor, dense: Tensor) -> Tensor:
-        """The distance of the final latents (EcoDiff, "end-to-end objective")."""
+        """mean((z0' - z0)^2) / var(z0), through all steps (EcoDiff, "end-to-end objective")."""
         z0 = rollout(
             self.pipe,
             embeds,
@@ -200,7 +234,7 @@ class Learner:
         return distortion(z0, dense, self.variance)
 
     def _affordable(self) -> int:
-        """How many steps' activations are kept when that is left to the memory; and says so."""
+        """The number of steps whose activations fit into memory, for `keep_steps: auto`."""
         if not self.settings.checkpoint:
             return 0
         batch = range(min(self.settings.batch, len(self.calibration.prompts)))
@@ -214,9 +248,9 @@ class Learner:
         return keep
 
     def _rows(self, iteration: int) -> list[list[int]]:
-        """The prompts of an update, in batches of all processes together.
+        """Indices of the prompts of one update: `accumulate` batches of all processes together.
 
-        All prompts are seen once before any is seen again.
+        Each epoch is a new random order of all prompts.
         """
         batch = self.settings.batch * self.workers.count
         count = len(self.calibration.prompts)
@@ -231,16 +265,21 @@ class Learner:
 
 
 def optimiser_of(groups: list[dict[str, Any]]) -> torch.optim.AdamW:
-    """AdamW for logits, from groups of parameters as torch takes them.
+    """AdamW for the logits.
 
-    Without weight decay, which would pull logits down with no gradient at all; with a short
-    momentum, for a long one carries them far past the budget when the price has turned.
+    No weight decay: it would pull logits down where there is no gradient. A short momentum
+    (beta1 = 0.5): with the usual 0.9 the logits keep moving far past the target after the gradient
+    has changed its sign.
+
+    Args:
+        groups: parameter groups as torch takes them.
     """
     return torch.optim.AdamW(groups, betas=(0.5, 0.999), weight_decay=0.0)
 
 
 def _per_step(denoiser: nn.Module, steps: list[DenseStep]) -> Tensor:
-    """The mean distance of a gated denoiser's predictions (EcoDiff, ablation "per-step loss")."""
+    """Mean over steps of mean((prediction' - prediction)^2) / var(prediction), a scalar: the gated
+    denoiser on the dense model's latents (EcoDiff, ablation "per-step loss")."""
     errors = [
         distortion(step.again(denoiser), step.prediction, step.prediction.var()) for step in steps
     ]
@@ -259,11 +298,14 @@ def _objective(
     possible = sum(maskable.values())
     if not 0 <= sparsity <= possible:
         raise UserError(f"sparsity: {sparsity} is not possible; the range is 0 to {possible:.4f}")
-    # Logits that start from sensitivities are at the target from the beginning.
+    # Logits that start from sensitivities are near the target from the beginning.
     warmup = 0.0 if settings.first_logit == "sensitivity" else settings.warmup
     return Budget(sparsity, warmup, settings.multiplier_lr)
 
 
 def _mix(seed: int, purpose: int, index: int) -> int:
-    """A seed for one purpose and index; neighbouring seeds share no stream."""
+    """A seed for one purpose (0 order of prompts, 1 gate noise) and index.
+
+    Neighbouring values of `seed` give different seeds for all indices below a million.
+    """
     return (seed * 2 + purpose) * 1_000_003 + index

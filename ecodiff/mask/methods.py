@@ -1,4 +1,7 @@
-"""What each method of `config.methods` computes. All that comes after a score is shared."""
+"""The functions of the methods that `config.methods` declares: each scores all units.
+
+What follows a score (selection, pruning, compensation) is the same for all methods.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +23,21 @@ from ecodiff.models.structures import count_parameters, denoiser_of, discover
 from ecodiff.runtime.errors import UserError
 
 Scores = dict[str, Tensor]
-# How the paper learns: all logits start at one value, and a closed gate gives nothing.
+# As in the paper: all logits start at one value, and a closed gate gives 0.
 PUBLISHED = {"first_logit": 3.0, "closed": "zero"}
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a method may need; see `score` and `make_mask`."""
+    """What a method may need.
+
+    Attributes:
+        seed: of random scores and noise.
+        settings: the `mask` section.
+        calibration: what `calibrate` recorded of the model.
+        sparsity: target of the objective `budget`.
+        scratch: file for the state of unfinished learning.
+    """
 
     seed: int
     settings: MaskSettings
@@ -35,17 +46,27 @@ class Request:
     scratch: Path | None = None
 
     def recorded(self) -> Calibration:
-        """The calibration, of the prompts that are to be used."""
+        """The calibration, cut to the first `settings.prompts` prompts."""
         assert self.calibration is not None, "`scored` asks for it"
         return self.calibration.first(self.settings.prompts)
 
     def but(self, **settings: Any) -> Request:
-        """The same with some settings changed."""
+        """A copy with some settings changed."""
         return replace(self, settings=self.settings.model_copy(update=settings))
 
 
 def scored(pipe: DiffusionPipeline, name: str, request: Request) -> tuple[Scores, pd.DataFrame]:
-    """The scores of a method, and the history of its learning; no rows when it does not learn.
+    """Run a method.
+
+    Args:
+        pipe: the dense pipeline.
+        name: a key of `config.methods.METHODS`.
+        request: what the method may need.
+
+    Returns:
+        Structure name -> fp32 (units,), higher is more important, as ranks within the structure
+        where the method's units compete there. And the history of learning; no rows when the
+        method does not learn.
 
     Raises:
         UserError: there is no such method, or it needs a calibration and there is none.
@@ -62,7 +83,7 @@ def scored(pipe: DiffusionPipeline, name: str, request: Request) -> tuple[Scores
 
 
 def learned(pipe: DiffusionPipeline, request: Request) -> tuple[Scores, pd.DataFrame]:
-    """Logits of learned gates, see `mask.learn`."""
+    """Logits of learned gates, see `learn.learn_mask`; `UserError` without a sparsity to aim at."""
     if request.settings.objective == "budget" and request.sparsity is None:
         raise UserError("method ecodiff: the objective budget needs a sparsity to aim at")
     return learn.learn_mask(
@@ -73,19 +94,20 @@ def learned(pipe: DiffusionPipeline, request: Request) -> tuple[Scores, pd.DataF
 def learned_from_a_flat_start(
     pipe: DiffusionPipeline, request: Request
 ) -> tuple[Scores, pd.DataFrame]:
-    """Learning as published."""
+    """Learning as in the paper: one initial logit for all units, closed gates give 0."""
     return learned(pipe, request.but(**PUBLISHED))
 
 
 def learned_a_step_at_a_time(
     pipe: DiffusionPipeline, request: Request
 ) -> tuple[Scores, pd.DataFrame]:
-    """The published ablation "per-step loss"."""
+    """The paper's ablation "per-step loss", from the paper's start."""
     return learned(pipe, request.but(**PUBLISHED, loss="per-step"))
 
 
 def sensitivities(pipe: DiffusionPipeline, request: Request) -> Scores:
-    """The start of learning as a score, see `mask.sensitivity`."""
+    """Sensitivity divided by the unit's share of the parameters, see `sensitivity.costs_of_share`;
+    it is also where learning starts by default."""
     calibration, settings = request.recorded(), request.settings
     found = sensitivity(
         pipe,

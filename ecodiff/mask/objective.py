@@ -1,6 +1,15 @@
-"""What mask learning minimises: distance to the dense model's z0, and a pull towards sparsity.
+"""What mask learning minimises (EcoDiff, "end-to-end objective").
 
-A pull is a fixed price of a parameter (`Penalty`) or a target with multipliers (`Budget`).
+    loss = mean((z0' - z0)^2) / var(z0)  +  regulariser
+
+z0 is the final latent of the dense model, z0' that of the gated model from the same noise, prompt
+and scheduler. The regulariser pulls the gates towards sparsity: `Penalty` with a fixed weight,
+
+    beta * sum over units of w * P(gate > 0),   w = the unit's share of the denoiser's parameters,
+
+`Budget` with Lagrange multipliers l1 and l2, towards a target s* of the expected sparsity s:
+
+    l1 (s* - s) + l2 (s* - s)^2
 """
 
 from __future__ import annotations
@@ -21,21 +30,28 @@ def distortion(z0: Tensor, dense: Tensor, variance: Tensor | float) -> Tensor:
     """mean((z0' - z0)^2) / var(z0), an fp32 scalar (EcoDiff, "end-to-end objective").
 
     Args:
-        z0: final latents of the gated model, any float dtype.
-        dense: those of the dense model, same shape.
-        variance: of z0 over the whole calibration set, so that batches weigh the same.
+        z0: z0', final latents of the gated model, (n, ...), any float dtype.
+        dense: z0, those of the dense model, same shape.
+        variance: var(z0) over the whole calibration set, the same for all batches.
     """
     return (z0.float() - dense.float()).square().mean() / variance
 
 
 def expected_sparsity(gates: Gates, total_parameters: int) -> dict[str, Tensor]:
-    """What gates expect to remove of each kind; a noise floor can't switch off its gradient.
+    """`Gates.expected_sparsity` with a gradient that does not vanish under a noise floor.
 
-    With a floor, gates far from zero are open (or closed) for certain: the exact probability is
-    flat there, and where learning starts it is flat for all, so no objective could ever begin.
-    The value stays exact; the gradient is that of the probability before it is clipped.
+    With a floor d > 0, P(gate > 0) is exactly 0 or 1 for logits far from zero, so its gradient is 0
+    there. With a first logit of 3 and a floor of 0.1 that holds for all units, and learning could
+    not begin. The value returned is exact; the gradient is that of the probability before clipping
+    (a straight-through estimate).
 
-    Returns kind -> share of `total_parameters`, fp32 scalars; their sum is the expected sparsity.
+    Args:
+        gates: the gates of all structures.
+        total_parameters: of the dense denoiser.
+
+    Returns:
+        Kind -> expected share of `total_parameters` removed, fp32 scalar. Their sum is the expected
+        sparsity.
     """
     exact = gates.expected_sparsity(total_parameters)
     if gates.floor == 0:
@@ -49,31 +65,43 @@ def expected_sparsity(gates: Gates, total_parameters: int) -> dict[str, Tensor]:
 
 
 class Objective(Protocol):
-    """The pull towards sparsity, beside the distortion."""
+    """The regulariser: the term of the loss that pulls the gates towards sparsity."""
 
     def prices(
         self, structures: Sequence[Structure], costs: Mapping[str, Tensor], total: int
     ) -> Mapping[str, float]:
-        """Kind -> the cost below which a unit should go; costs as `costs_of_share` gives them."""
+        """Kind -> the cost below which a unit should be removed, for `sensitivity.first_logits`.
+
+        Args:
+            structures: all structures of the denoiser.
+            costs: of all units, as `sensitivity.costs_of_share` returns them.
+            total: parameters of the denoiser.
+        """
 
     def target(self, progress: float) -> float:
-        """The sparsity asked for at `progress` in 0..1 of the iterations; NaN if none is."""
+        """The target sparsity at `progress`, the share of iterations done (0 to 1); NaN: none."""
 
     def regulariser(self, removed: Mapping[str, Tensor], progress: float) -> Tensor:
-        """The term that is added to the distortion, from each kind's expected share; scalar."""
+        """The term to add to the distortion, a scalar.
+
+        Args:
+            removed: kind -> expected share of the parameters removed, as `expected_sparsity`.
+            progress: share of the iterations done, 0 to 1.
+        """
 
     def ascend(self, sparsity: float, progress: float) -> None:
-        """Update whatever the objective itself learns."""
+        """Update the objective's own multipliers from the expected sparsity of this iteration."""
 
 
 @dataclass
 class Penalty:
-    """beta * the expected share of all parameters that maskable units keep (EcoDiff, "penalty").
+    """beta * sum of w * P(gate > 0): a fixed weight on the expected share of parameters kept
+    (EcoDiff, "end-to-end objective").
 
     Attributes:
-        beta: weight of the whole.
-        maskable: kind -> share of all parameters that could go.
-        weights: kind -> what its parameters weigh.
+        beta: the weight.
+        maskable: kind -> share of the denoiser's parameters that its units hold.
+        weights: kind -> factor on the parameters of that kind.
     """
 
     beta: float
@@ -83,28 +111,37 @@ class Penalty:
     def prices(
         self, structures: Sequence[Structure], costs: Mapping[str, Tensor], total: int
     ) -> Mapping[str, float]:
-        """What the penalty itself pays for a share of the parameters."""
+        """Removing a share of the parameters lowers the loss by beta * the kind's weight."""
         return {kind: self.beta * weight for kind, weight in self.weights.items()}
 
     def target(self, progress: float) -> float:
-        """No sparsity is asked for."""
+        """NaN: a penalty has no target sparsity."""
         return math.nan
 
     def regulariser(self, removed: Mapping[str, Tensor], progress: float) -> Tensor:
-        """beta * sum of w * P(gate > 0), w a unit's share of the parameters times its weight."""
+        """beta * sum of w * P(gate > 0), w the unit's share of the parameters times its kind's
+        weight."""
         kept = [self.weights[k] * (self.maskable[k] - share) for k, share in removed.items()]
         return self.beta * torch.stack(kept).sum()
 
     def ascend(self, sparsity: float, progress: float) -> None:
-        """Nothing is learned."""
+        """Nothing to update: beta is fixed."""
 
 
 @dataclass
 class Budget:
-    """l1 (s* - s) + l2 (s* - s)^2 with s* rising over the first iterations, l1 and l2 by ascent.
+    """l1 (s* - s) + l2 (s* - s)^2: Lagrange multipliers that hold the expected sparsity s at s*.
 
-    l2 starts high: all logits start equal and would cross over together, far past the target, if
-    only what l1 has summed up could pull them back.
+    The target s* rises over the first iterations (warm-up); l1 and l2 follow by gradient ascent.
+    l2 starts high: from a flat start all logits are equal and would close together, far past the
+    target, if only the slowly growing l1 could pull them back.
+
+    Attributes:
+        sparsity: the full target.
+        warmup: share of the iterations over which the target rises, 0 to 1.
+        lr: learning rate of the ascent.
+        linear: l1.
+        quadratic: l2.
     """
 
     sparsity: float
@@ -116,7 +153,8 @@ class Budget:
     def prices(
         self, structures: Sequence[Structure], costs: Mapping[str, Tensor], total: int
     ) -> Mapping[str, float]:
-        """What the first unit costs that stays when the cheapest go, up to the sparsity."""
+        """The cost of the cheapest unit that stays when the cheapest are removed up to the target;
+        the same for all kinds."""
         every = torch.cat([costs[s.name] for s in structures])
         sizes = torch.cat([torch.full((s.units,), float(s.unit_parameters)) for s in structures])
         order = every.argsort(stable=True)
@@ -125,16 +163,16 @@ class Budget:
         return {s.kind: price for s in structures}
 
     def target(self, progress: float) -> float:
-        """The target s*, which rises linearly over the share `warmup` of the iterations."""
+        """s* at `progress`: rises linearly over the first `warmup` of the iterations."""
         return self.sparsity * min(1.0, progress / self.warmup if self.warmup else 1.0)
 
     def regulariser(self, removed: Mapping[str, Tensor], progress: float) -> Tensor:
-        """The Lagrangian terms; positive multipliers pull s up to s*."""
+        """l1 (s* - s) + l2 (s* - s)^2, a scalar; a positive l1 pulls s up."""
         gap = self.target(progress) - torch.stack([*removed.values()]).sum()
         return self.linear * gap + self.quadratic * gap.square()
 
     def ascend(self, sparsity: float, progress: float) -> None:
-        """One step of gradient ascent on both multipliers."""
+        """One step of gradient ascent on l1 and l2."""
         gap = self.target(progress) - sparsity
         self.linear += self.lr * gap
         self.quadratic += self.lr * gap**2

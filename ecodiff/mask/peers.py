@@ -1,4 +1,8 @@
-"""Scores of published methods that look at data: none of them learns, or sees the final picture."""
+"""Scores of published pruning methods that use calibration data.
+
+None of them iterates, and none looks at the final latents. Where an implementation differs from
+the publication, its docstring and docs/methods.md say so.
+"""
 
 from __future__ import annotations
 
@@ -28,11 +32,19 @@ HIGHEST, LOWEST = 1.2, 0.8  # OBS-Diff's weights of the first and of the last st
 
 @torch.no_grad()
 def wanda(denoiser: nn.Module, structures: Sequence[Structure], grams: Grams) -> dict[str, Tensor]:
-    """Weight times activation: sum of |W_ij| ||X_j|| over a unit's consumer columns (Sun et al.
-    2024, "A Simple and Effective Pruning Approach for LLMs", "Pruning
-    Metric"; by columns, as its structured descendants).
+    """Wanda's metric: sum of |W_ij| * ||X_j|| over the columns j of a unit in its consumers (Sun et
+    al. 2024, "A Simple and Effective Pruning Approach for Large Language Models").
 
-    Modulation has no consumer and is kept: infinite. Structure name -> fp32 (units,), on the CPU.
+    The paper scores single weights; summing over columns is how structured methods use it.
+
+    Args:
+        denoiser: the dense denoiser.
+        structures: its structures.
+        grams: Gram matrices of the consumers' inputs X over all steps; their diagonals hold the
+            ||X_j||^2.
+
+    Returns:
+        Structure name -> fp32 (units,), on the CPU; infinite for modulation, which has no consumer.
     """
     found = {}
     for s in structures:
@@ -46,15 +58,24 @@ def wanda(denoiser: nn.Module, structures: Sequence[Structure], grams: Grams) ->
 
 @torch.no_grad()
 def obs(denoiser: nn.Module, structures: Sequence[Structure], grams: Grams) -> dict[str, Tensor]:
-    """What a unit's removal costs once all else is re-solved.
+    """Optimal brain surgeon saliency: the squared error of a consumer's output when a unit is
+    removed and the other columns are re-solved (OBS-Diff, Zhu et al. 2025, "structured pruning").
 
-    The optimal brain surgeon's saliency, tr(W_B [H^-1]_BB^-1 W_B^T) for the columns B of a unit, as
-    in OBS-Diff ("Timestep-aware Hessian construction", "structured pruning"): the Hessian is that
-    of the inputs over all steps, weighted by `decreasing_weight` when `grams` are. Costs of several
-    consumers add up, where OBS-Diff merges their rankings; all units are scored at once, where it
-    scores the rest again after each head. Its weight update is what compensation solves.
+        saliency = tr(W_B [H^-1]_BB^-1 W_B^T),   B = the columns of the unit,  H = X X^T
 
-    Modulation has no consumer and is kept: infinite. Structure name -> fp32 (units,), on the CPU.
+    H is damped by 1 % of its mean diagonal. Saliencies of several consumers are added, where
+    OBS-Diff merges their rankings. All units are scored at once, where OBS-Diff scores the
+    remaining heads again after each removal. Its weight update is the least-squares compensation of
+    the stage `prune`.
+
+    Args:
+        denoiser: the dense denoiser.
+        structures: its structures.
+        grams: Gram matrices H of the consumers' inputs, gathered with `decreasing_weight` per step
+            for OBS-Diff's "timestep-aware Hessian construction".
+
+    Returns:
+        Structure name -> fp32 (units,), on the CPU; infinite for modulation, which has no consumer.
     """
     found = {s.name: torch.zeros(s.units) for s in structures}
     inverses: dict[str, Tensor] = {}
@@ -72,8 +93,15 @@ def obs(denoiser: nn.Module, structures: Sequence[Structure], grams: Grams) -> d
 
 
 def decreasing_weight(step: int, steps: int) -> float:
-    """OBS-Diff's logarithmic weight of a denoising step ("timestep-aware Hessian construction"):
-    errors of early steps are carried through all later ones."""
+    """Weight of a denoising step in the Hessian, falling from 1.2 to 0.8 with log(steps - step).
+
+    Errors of early steps are carried through all later ones (OBS-Diff, "timestep-aware Hessian
+    construction").
+
+    Args:
+        step: index from 0.
+        steps: number of steps.
+    """
     share = math.log(steps - step) / math.log(steps) if steps > 1 else 1.0
     return LOWEST + (HIGHEST - LOWEST) * share
 
@@ -81,16 +109,27 @@ def decreasing_weight(step: int, steps: int) -> float:
 def taylor(
     pipe: DiffusionPipeline, calibration: Calibration, batch: int, seed: int = 0
 ) -> dict[str, Tensor]:
-    """Sum of |weight x gradient| over a unit's weights (Diff-Pruning; Fang et al. 2023,
-    "Structural Pruning for Diffusion Models").
+    """First-order Taylor importance: sum of |weight * gradient| over a unit's weights
+    (Diff-Pruning; Fang et al. 2023, "Structural Pruning for Diffusion Models").
 
-    The gradient is that of the model's own training loss on the dense model's latents, summed over
-    timesteps from little noise to much, as far as their loss exceeds a share of the largest.
+    The gradient is that of the model's own training loss on noised final latents of the dense
+    model. It is summed over 50 timesteps from little noise to much, up to the first whose loss is
+    below 5 % of the largest so far.
 
-    Returns structure name -> fp32 (units,), on the CPU. Raises `UserError` when the scheduler's
-    training loss isn't known.
+    Args:
+        pipe: the dense pipeline.
+        calibration: what `calibrate` recorded of it.
+        batch: prompts that pass through the denoiser together.
+        seed: of the noise, one draw per prompt for all timesteps.
+
+    Returns:
+        Structure name -> fp32 (units,), on the CPU.
+
+    Raises:
+        UserError: the calibration is of another model, or the scheduler's training loss is not
+            known.
     """
-    calibration.check(pipe)
+    calibration = calibration.for_dense(pipe)
     denoiser, structures = denoiser_of(pipe), discover(pipe)
     modules = dict.fromkeys(p.module for s in structures for p in (*s.producers, *s.consumers))
     weights = {name: denoiser.get_submodule(name).weight for name in modules}
@@ -109,7 +148,8 @@ def taylor(
             predicted = prepared.predict(denoiser, loss_of.noised(z0, drawn, times), times).float()
             loss = functional.mse_loss(predicted, loss_of.target(z0, drawn, times))
             loss = loss * (len(z0) / len(noise))
-            # The last block of a joint transformer has outputs that nothing reads.
+            # Weights whose output nothing reads (text stream of a joint transformer's last block)
+            # have no gradient; it is set to zero.
             found = torch.autograd.grad(loss, [*weights.values()], materialize_grads=True)
             gradients = [one + another for one, another in zip(gradients, found, strict=True)]
             total += loss.item()
@@ -127,14 +167,25 @@ def taylor(
 
 @torch.no_grad()
 def depth(pipe: DiffusionPipeline, calibration: Calibration, batch: int) -> dict[str, Tensor]:
-    """Whole blocks go, first those that change their hidden states least: the mean squared
-    difference of a block's input and output, relative to the input, over all steps (as FLUX.1 Lite
-    chose the blocks to drop; BK-SDM drops blocks by hand).
+    """Depth pruning: all units of a block get one score, the relative change of its hidden states,
+    ||output - input||^2 / ||input||^2, averaged over all steps and prompts.
 
-    The last block that goes may go in part, so that the share of parameters is that of the other
-    methods. What lies in no block is kept: infinite. Structure name -> fp32 (units,), on the CPU.
+    Blocks that change their input least are removed first, as FLUX.1 Lite chose them; BK-SDM
+    removes blocks that were chosen by hand. The last block may lose only a part of its units, so
+    that the sparsity equals that of the other methods.
+
+    Args:
+        pipe: the dense pipeline.
+        calibration: what `calibrate` recorded of it.
+        batch: prompts that run together.
+
+    Returns:
+        Structure name -> fp32 (units,), on the CPU; infinite for structures outside of blocks.
+
+    Raises:
+        UserError: the calibration is of another model.
     """
-    calibration.check(pipe)
+    calibration = calibration.for_dense(pipe)
     denoiser, structures = denoiser_of(pipe), discover(pipe)
     blocks = {s.name: _block(s.name) for s in structures}
     changes: dict[str, list[float]] = {name: [] for name in blocks.values() if name}
@@ -163,7 +214,7 @@ def depth(pipe: DiffusionPipeline, calibration: Calibration, batch: int) -> dict
 
 
 def _block(name: str) -> str:
-    """The numbered block that a structure belongs to, such as `transformer_blocks.3`; or none."""
+    """The numbered block that a structure belongs to, such as `transformer_blocks.3`; else ""."""
     found = re.match(r"(.*\.\d+)(?=\.)", name)
     return found[1] if found else ""
 
@@ -174,13 +225,16 @@ def _matrix(denoiser: nn.Module, port: Port) -> Tensor:
 
 
 def _damped_inverse(gram: Tensor) -> Tensor:
-    """The inverse of a Gram matrix, float64; damping makes any one invertible."""
+    """The inverse of a Gram matrix plus 1 % of its mean diagonal, float64.
+
+    Damping makes it invertible where activations do not span all directions.
+    """
     hessian = gram.double()
     hessian = hessian + DAMP * hessian.diagonal().mean() * torch.eye(len(hessian)).to(hessian)
     return torch.cholesky_inverse(torch.linalg.cholesky(hessian))
 
 
 def _only_consumed(structures: Sequence[Structure], found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Scores that know consumers alone: units that have none stay for as long as possible."""
+    """Add infinite scores for structures without consumers: their units are removed last."""
     kept = {s.name: torch.full((s.units,), math.inf) for s in structures if not s.consumers}
     return {**found, **kept}

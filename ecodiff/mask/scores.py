@@ -1,4 +1,4 @@
-"""Scores that need no data, and what all scores from weights share."""
+"""Scores that need no data, and sums over the weights of a unit."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from ecodiff.models.structures import Port, Structure
 
 @torch.no_grad()
 def magnitude(denoiser: nn.Module, structures: Sequence[Structure]) -> dict[str, Tensor]:
-    """Root mean square of the weights that go with a unit: producer rows and consumer columns.
+    """Root mean square of a unit's weights: its rows of producers and its columns of consumers.
 
-    Returns structure name -> fp32 (units,), on the CPU.
+    Returns:
+        Structure name -> fp32 (units,), on the CPU.
     """
 
     def squares(module: str) -> Tensor:
@@ -27,15 +28,19 @@ def magnitude(denoiser: nn.Module, structures: Sequence[Structure]) -> dict[str,
 
 
 def random(structures: Sequence[Structure], seed: int) -> dict[str, Tensor]:
-    """Uniform scores in [0, 1) from one seed: structure name -> fp32 (units,), on the CPU."""
+    """Uniform random scores in [0, 1): structure name -> fp32 (units,), on the CPU."""
     generator = torch.Generator().manual_seed(seed)
     return {s.name: torch.rand(s.units, generator=generator) for s in structures}
 
 
 def ranks(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Each unit's rank within its structure, in (0, 1): every structure loses the same share.
+    """Replace scores by ranks within each structure, in (0, 1), so that a global selection removes
+    the same share of each structure.
 
-    Infinite scores, of units that are not to go, stay infinite.
+    Infinite scores (of units that are removed last) stay infinite.
+
+    Returns:
+        Structure name -> (units,).
     """
     return {
         name: torch.where(
@@ -46,10 +51,11 @@ def ranks(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def sum_over_unit(structure: Structure, values: Callable[[str], Tensor]) -> Tensor:
-    """Sum something that each weight has over the weights that go with a unit.
+    """Sum one value per weight (such as its square) over the weights of each unit.
 
     Args:
-        values: name of a linear -> a tensor shaped as its weight.
+        structure: whose units.
+        values: maps the name of a linear to a tensor shaped as its weight.
 
     Returns:
         fp32 (units,), on the CPU.
@@ -63,16 +69,22 @@ def sum_over_unit(structure: Structure, values: Callable[[str], Tensor]) -> Tens
 
 
 def sum_over_lines(structure: Structure, port: Port, lines: Tensor) -> Tensor:
-    """Sum something that each row (or column) of a linear has over those that a unit owns there.
+    """Sum one value per row (or column) of a linear over those that each unit owns.
 
-    `lines` (rows of a producer or columns of a consumer,) -> fp32 (units,), on the CPU.
+    Args:
+        structure: whose units.
+        port: the linear.
+        lines: one value for each row of a producer, or each column of a consumer: (out,) or (in,).
+
+    Returns:
+        fp32 (units,), on the CPU.
     """
     owned = lines.float().cpu()[structure.columns(port, torch.arange(structure.units))]
     return owned.view(len(port.offsets), structure.units, structure.width).sum((0, 2))
 
 
 def weights_of_unit(denoiser: nn.Module, structure: Structure) -> int:
-    """How many weights go with one unit; biases don't count."""
+    """The number of weights of one unit, without biases."""
     count = 0
     for ports, axis in ((structure.producers, 0), (structure.consumers, 1)):
         for port in ports:

@@ -1,9 +1,10 @@
-"""From scores to the units that stay: the lowest go until enough parameters are gone."""
+"""From scores to the units that stay: remove the lowest until enough parameters are removed."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -26,29 +27,33 @@ def select(
     floor: int = 0,
     align: int = 1,
 ) -> dict[str, Tensor]:
-    """Remove the lowest units until `sparsity` of all parameters is gone (EcoDiff, "ranking").
+    """Remove the units with the lowest scores until `sparsity` of all parameters is removed
+    (EcoDiff, "ranking").
 
-    The removed parameters reach the target and overshoot it by less than what went last: one unit,
-    or `align` neurons. Ties go in the order of the structures and of the units within.
+    Removed parameters reach the target and overshoot it by less than one unit, or one group of
+    `align` neurons. Units with equal scores are removed in the order of structures, then of units.
 
     Args:
         structures: all structures of the denoiser.
-        scores: structure name -> (units,), higher is more important; used as they are.
+        scores: structure name -> (units,), higher is more important.
         sparsity: share of `total_parameters` to remove.
-        total_parameters: of the dense denoiser, maskable or not.
-        scope: `global` ranks all units against each other; `structure` takes the same share of
+        total_parameters: all parameters of the dense denoiser, also those that no unit owns.
+        scope: `global` ranks all units against each other; `structure` removes the same share of
             units from each structure.
-        floor: how many units, its best ones, each structure keeps at least.
-        align: neurons go so many at a time, ranked by their mean score, that a structure that loses
-            any keeps a multiple of this; tensor cores are slow at other widths. 1: one by one.
+        floor: minimum number of units that each structure keeps; the highest scores stay.
+        align: neurons are removed in groups, ranked by their mean score, so that a feed-forward
+            that loses any keeps a multiple of `align`; tensor cores are slow at other widths.
+            1: single neurons.
 
     Returns:
         Structure name -> bool (units,), true for units that stay.
 
     Raises:
-        UserError: scores don't fit the structures or are NaN, or `sparsity` cannot be reached.
+        UserError: scores don't fit the structures or are NaN, or `sparsity` is not possible.
     """
     check_scores(structures, scores)
+    if not isinstance(sparsity, Real):
+        raise UserError(f"sparsity: {sparsity!r} is not a number, such as 0.2")
     ranked = []
     for structure in structures:
         values, order = scores[structure.name].float().cpu().sort(stable=True)
@@ -74,14 +79,14 @@ def select(
 
 
 def limits_of(settings: MaskSettings) -> dict[str, Any]:
-    """What the section `mask` says of how `select` selects, as its keywords."""
+    """The keyword arguments of `select` that the section `mask` sets."""
     return {"scope": settings.scope, "floor": settings.min_units, "align": settings.align}
 
 
 def _groups(structure: Structure, floor: int, align: int) -> Tensor:
-    """Which group each removable unit goes with, the lowest unit first: int64 (removable,)."""
+    """Group index of each removable unit, from the lowest score up: int64 (removable,)."""
     size = align if structure.kind == "neurons" else 1
-    first = structure.units % size or size  # once they are gone, a multiple is left
+    first = structure.units % size or size  # size of the first group; it leaves a multiple
     whole = max(structure.units - floor - first, -size) // size + 1
     removable = first + size * (whole - 1) if whole > 0 else 0
     return (torch.arange(removable) - first).div(size, rounding_mode="floor").clamp(min=-1) + 1
@@ -90,13 +95,14 @@ def _groups(structure: Structure, floor: int, align: int) -> Tensor:
 def removed_share(
     structures: Sequence[Structure], kept: Mapping[str, Tensor], total_parameters: int
 ) -> float:
-    """The exact sparsity of a mask: removed parameters as a share of all of the denoiser's."""
+    """The exact sparsity of a mask: removed parameters / all parameters of the denoiser."""
     removed = sum(int((~kept[s.name]).sum()) * s.unit_parameters for s in structures)
     return removed / total_parameters
 
 
 def check_scores(structures: Sequence[Structure], scores: Mapping[str, Tensor]) -> None:
-    """Raise `UserError` unless there is one finite-or-infinite score a unit of each structure."""
+    """Raise `UserError` unless each structure has one score per unit; infinite is allowed, NaN is
+    not."""
     sizes = {s.name: s.units for s in structures}
     for name in sorted(sizes.keys() ^ scores.keys()):
         what = "has no scores" if name in sizes else "is no structure of this model"
@@ -110,16 +116,21 @@ def check_scores(structures: Sequence[Structure], scores: Mapping[str, Tensor]) 
 
 
 def _count(sizes: Tensor, sparsity: float, total: int, floor: int) -> int:
-    """How many of the ranked units must go; `sizes` int64 (n,), their parameters."""
-    # Parameters come whole: the margin keeps 0.1 * 30 = 3.0000000000000004 from asking for 4.
+    """How many of the ranked groups to remove.
+
+    `sizes` int64 (groups,): the parameters of each, from the lowest score up.
+    """
+    # Parameters are whole numbers: the margin keeps a product such as 3.0000000000000004 from
+    # asking for a fourth.
     target = sparsity * total - 1e-6
     reached = sizes.cumsum(0)
     maximum = int(reached[-1]) if len(reached) else 0
     if not (sparsity >= 0 and target <= maximum):
         shown = math.floor(maximum / total * 1e4) / 1e4
         left = f"{floor} units" if floor else "no unit"
+        percent = f"; for {sparsity} % say {sparsity / 100}" if 1 < sparsity < 100 else ""
         raise UserError(
             f"sparsity: {sparsity} is not possible; the range is 0 to {shown:.4f} of the denoiser's"
-            f" parameters, where {left} of a structure would be left"
+            f" parameters, where {left} of a structure would be left{percent}"
         )
     return 0 if target <= 0 else int(torch.searchsorted(reached.double(), target)) + 1

@@ -1,8 +1,12 @@
-"""What each unit is worth alone, to second order: where learning starts, and a method of its own.
+"""The importance of one unit by itself: the diagonal of the Gauss-Newton matrix of the distortion.
 
-The distortion is zero where nothing is removed, and so is its slope, so that what matters is its
-curvature: for a squared distance the Gauss-Newton matrix J^T J, with J what each gate does to z0.
-Its diagonal is found by one backward pass a prompt, whatever the number of units and steps.
+At the dense model (all gates 1) the distortion |z0' - z0|^2 is zero and so is its gradient in the
+gates. Its second-order term is the Gauss-Newton matrix J^T J, with J = dz0 / dgates. A diagonal
+element |dz0 / dgate|^2 estimates the distortion that removing this unit alone would cause.
+
+One backward pass per prompt estimates the whole diagonal (Hutchinson): for random signs v with
+E[v v^T] = I, E[(J^T v)_i^2] = (J^T J)_ii. Learning starts from it by default, and it is a method of
+its own.
 """
 
 from __future__ import annotations
@@ -38,19 +42,21 @@ def sensitivity(
     keep_steps: int = 0,
     means: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> dict[str, Tensor]:
-    """The relative latent error (EcoDiff, objective) that each unit's removal alone would cause.
+    """Estimate the distortion, mean((z0' - z0)^2) / var(z0), that removing each unit alone causes.
 
-    To second order, and of gates, whose removal changes them by one: the mean over prompts of
-    |dz0 / dgate|^2 / (size of z0 * variance of z0), end to end through all steps. The norm is
-    Hutchinson's estimate, from one random vector of signs a prompt.
+    To second order in the gates, through all denoising steps: the mean over prompts of
+    |dz0 / dgate|^2 / (elements of z0 * var(z0)). The squared norm is a Hutchinson estimate with one
+    random sign vector per prompt.
 
     Args:
         pipe: the dense pipeline.
         calibration: what `calibrate` recorded of it.
-        batch: prompts that pass together; of several processes, each takes its share of all.
-        checkpoint, keep_steps: see `rollout`.
-        seed: of the signs.
-        means: what closed gates let through, see `Gates`.
+        batch: prompts that pass through the denoiser together. Several processes divide the prompts
+            among them.
+        checkpoint: recompute steps in the backward pass, see `rollout`.
+        seed: of the sign vectors.
+        keep_steps: last steps that are not recomputed, see `rollout`.
+        means: constants that closed gates give, see `Gates`.
 
     Returns:
         Structure name -> fp32 (units,), on the CPU.
@@ -58,7 +64,7 @@ def sensitivity(
     Raises:
         UserError: the calibration is of another model, or a gradient is not finite.
     """
-    calibration.check(pipe)
+    calibration = calibration.for_dense(pipe)
     denoiser = denoiser_of(pipe)
     workers = Workers(denoiser.device)
     gates = Gates(discover(denoiser), means=means).to(denoiser.device)
@@ -79,7 +85,8 @@ def sensitivity(
                 keep_steps=keep_steps,
             )
             (z0.float() * signs[rows].to(z0.device)).sum().backward()
-        # The last block of a joint transformer has outputs that nothing reads.
+        # Units whose output nothing reads (text stream of a joint transformer's last block) have
+        # no gradient and a sensitivity of 0.
         gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
         for name, gradient in gradients.items():
             if not gradient.isfinite().all():
@@ -93,23 +100,36 @@ def sensitivity(
 
 
 def closed_means(settings: MaskSettings, calibration: Calibration) -> Mapping[str, Tensor]:
-    """What closed gates let through by the settings: module -> its means; none for zeros."""
+    """The constants that closed gates give, for `Gates`: the calibration means, or none (0)."""
     return calibration.means if settings.closed == "mean" else {}
 
 
 def costs_of_share(
     structures: Sequence[Structure], found: Mapping[str, Tensor], total: int
 ) -> dict[str, Tensor]:
-    """What a unit's removal costs for what it frees: its sensitivity over its share of `total`.
+    """Sensitivity per parameter: each unit's sensitivity divided by its share of the parameters.
 
-    Latent error for one whole model's worth of parameters; structure name -> fp32 (units,).
+    Args:
+        structures: all structures of the denoiser.
+        found: their sensitivities, structure name -> (units,).
+        total: parameters of the denoiser.
+
+    Returns:
+        Structure name -> fp32 (units,): the relative latent error, scaled to the removal of as many
+        parameters as the denoiser has.
     """
     return {s.name: found[s.name] * (total / s.unit_parameters) for s in structures}
 
 
 def first_logits(costs: Tensor, price: float) -> Tensor:
-    """log(cost / price): negative for units that cost less than their parameters are worth.
+    """Initial logits log(cost / price), clamped to [-8, 8]; shaped as `costs`.
 
-    So gates are uncertain where the choice is, and certain far from it. Shaped as `costs`.
+    Negative (likely closed) for units that cost less than the objective pays for their parameters.
+    Gates near the price are uncertain, so learning decides them; gates far from it start open or
+    closed.
+
+    Args:
+        costs: sensitivity per share of the parameters, (units,).
+        price: the cost below which the objective removes units.
     """
     return (costs / max(price, torch.finfo(torch.float32).tiny)).log().clamp(-FURTHEST, FURTHEST)

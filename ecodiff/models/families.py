@@ -1,7 +1,7 @@
-"""What differs between the families of pipelines: one table, and what follows from a row of it.
+"""What differs between pipeline classes: one table, and what follows from its rows.
 
-The rest is the pipelines' own: `encode_prompt` and `__call__` are given what the call's settings
-and its defaults say, and the VAE's config says how latents are normalised.
+All else is asked of the pipeline itself: `encode_prompt` and `__call__` get the call's settings or
+their own defaults, and the VAE's config says how latents are normalised.
 """
 
 from __future__ import annotations
@@ -24,34 +24,34 @@ Call = dict[str, Any]
 
 
 def _trimmed(name: str, texts: Tensor, mask: Tensor) -> dict[str, Any]:
-    """As long as the longest text of the batch, which is what the pipeline itself would pad to."""
+    """Texts cut to the longest of the batch, as the pipeline itself pads them, and their mask."""
     longest = int(mask.sum(1).max())
     return {name: texts[:, :longest], f"{name}_mask": mask[:, :longest]}
 
 
 def _listed(name: str, texts: Tensor, mask: Tensor) -> dict[str, Any]:
-    """A list of texts, each of its own length."""
+    """Texts as a list of tensors (tokens, C), each without its padding."""
     return {name: [text[valid] for text, valid in zip(texts, mask, strict=True)]}
 
 
 @dataclass(frozen=True)
 class Family:
-    """How a pipeline class is called.
+    """How the pipelines of one class are called.
 
     Attributes:
-        embeds: what `encode_prompt` returns, by the names that the call has for it.
-        guidance: the argument of the call that sets the scale of classifier-free guidance.
-        threshold: guidance is on above this scale.
-        negative: the prompt of the unconditional branch; None: `encode_prompt` sees to it.
-        takes_turns: the branches of guidance are two runs of the denoiser, not one of both.
-        cell: latent pixels along a side of a token.
-        is_packed: latents are sequences of such tokens.
+        embeds: names of the call's arguments for the values that `encode_prompt` returns, in order.
+        guidance: the call's argument for the scale of classifier-free guidance.
+        threshold: guidance is on when the scale is above this.
+        negative: default prompt of the unconditional branch; None: `encode_prompt` encodes it.
+        takes_turns: the two guidance branches are two runs of the denoiser, not one batch.
+        cell: latent pixels along the side of a token (the patch size).
+        is_packed: latents are sequences of tokens, (n, tokens, channels).
         is_video: latents have a dimension of frames.
         keeps_float32: latents are float32 whatever the denoiser's dtype.
-        upcasts: the VAE decodes in float32 when its config says that it must.
-        texts: lays padded texts (n, length, C) and their mask (n, length) out for the call, where
-            the pipeline doesn't pad to a fixed length by itself.
-        fixed: arguments of the call that never change.
+        upcasts: a float16 VAE decodes in float32 when its config has `force_upcast`.
+        texts: turns padded text embeddings (n, length, C) and their mask (n, length) into the
+            call's arguments, for pipelines that don't pad to a fixed length themselves.
+        fixed: arguments of the call that are always the same.
     """
 
     embeds: tuple[str, ...] = ("prompt_embeds", "negative_prompt_embeds")
@@ -71,7 +71,8 @@ class Family:
 _POOLED = ("pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 _MASKED = ("prompt_embeds", "prompt_attention_mask")
 _MASKED += tuple(f"negative_{name}" for name in _MASKED)
-# Sizes mean what they say, and an empty negative prompt must not meet its own embeddings.
+# Binning would change the height and width that were asked for; and the call refuses a negative
+# prompt (its default is an empty one) together with negative embeddings.
 _UNBINNED = {"use_resolution_binning": False, "negative_prompt": None}
 
 FAMILIES = {
@@ -103,10 +104,10 @@ FAMILIES = {
 
 
 def family_of(pipe: DiffusionPipeline) -> Family:
-    """Look up a pipeline, subclasses included.
+    """The row of `FAMILIES` for a pipeline; subclasses count as their base.
 
     Raises:
-        UserError: its class is not supported, or it has two denoisers (Wan 2.2's larger models).
+        UserError: its class is not supported, or it has two denoisers (Wan 2.2 A14B).
     """
     name = next((c.__name__ for c in type(pipe).__mro__ if c.__name__ in FAMILIES), None)
     if name is None:
@@ -118,11 +119,16 @@ def family_of(pipe: DiffusionPipeline) -> Family:
 
 
 def embeddings(pipe: DiffusionPipeline, prompts: Sequence[str], call: Call) -> dict[str, Tensor]:
-    """Encode prompts as keyword arguments of the call; see `pipelines.encode`."""
+    """Encode n prompts as keyword arguments of the call, each (n, ...); see `pipelines.encode`.
+
+    With guidance, embeddings of the negative prompt are included.
+    """
     family = family_of(pipe)
     found = _encoded(pipe, prompts, call)
     if family.negative is not None and is_guided(pipe, call):
-        negative = _encoded(pipe, [family.negative] * len(prompts), call)
+        text = call.get("negative_prompt")
+        texts = [family.negative if text is None else text] * len(prompts)
+        negative = _encoded(pipe, texts, call)
         found |= {f"negative_{name}": value for name, value in negative.items()}
     if family.texts is None:
         return found
@@ -134,15 +140,16 @@ def embeddings(pipe: DiffusionPipeline, prompts: Sequence[str], call: Call) -> d
 
 
 def arguments(pipe: DiffusionPipeline, embeds: Mapping[str, Tensor], call: Call) -> dict[str, Any]:
-    """The keyword arguments of the pipeline's call that say what is drawn, and how.
+    """Keyword arguments of the pipeline's call: embeddings, the `call` settings, fixed ones.
 
     Raises:
-        UserError: a key of `call` is unknown to this pipeline.
+        UserError: a key of `call` is no argument of this pipeline.
     """
     family = family_of(pipe)
     given = {key: value for key, value in call.items() if value is not None}
     for key in given.keys() - _defaults(pipe).keys():
         raise UserError(f"call: {key} is not a setting of {type(pipe).__name__}")
+    given.pop("negative_prompt", None)  # encoded, as all prompts are
     laid_out = dict(embeds)
     if family.texts is not None:
         laid_out = {}
@@ -152,7 +159,7 @@ def arguments(pipe: DiffusionPipeline, embeds: Mapping[str, Tensor], call: Call)
 
 
 def unguided(pipe: DiffusionPipeline, call: Call) -> Call:
-    """The same call without classifier-free guidance."""
+    """The same call with classifier-free guidance off."""
     family = family_of(pipe)
     return {**call, family.guidance: family.threshold}
 
@@ -160,21 +167,21 @@ def unguided(pipe: DiffusionPipeline, call: Call) -> Call:
 def is_guided(pipe: DiffusionPipeline, call: Call) -> bool:
     """Whether classifier-free guidance is on, by the pipeline's own rule."""
     family = family_of(pipe)
-    # Distilled U-Nets take the scale as an input instead.
+    # Guidance-distilled U-Nets (LCM) take the scale as an input instead.
     is_distilled = denoiser_of(pipe).config.get("time_cond_proj_dim") is not None
     return argument(pipe, call, family.guidance) > family.threshold and not is_distilled
 
 
 def runs_per_step(pipe: DiffusionPipeline, embeds: Mapping[str, Tensor]) -> int:
-    """How often a denoising step runs the denoiser."""
+    """Runs of the denoiser per denoising step: 2 where guidance branches run one by one, else 1."""
     return 1 + (family_of(pipe).takes_turns and "negative_prompt_embeds" in embeds)
 
 
 def size(pipe: DiffusionPipeline, call: Call) -> tuple[int, int]:
-    """Height and width of the picture, by default the pipeline's own.
+    """Height and width of the image in pixels, by default the pipeline's own.
 
     Raises:
-        UserError: neither is known, or one is not a multiple of what a token covers.
+        UserError: a side is unknown, or no multiple of the pixels that a token covers.
     """
     family = family_of(pipe)
     factor = _spatial_factor(pipe)
@@ -188,10 +195,10 @@ def size(pipe: DiffusionPipeline, call: Call) -> tuple[int, int]:
 
 
 def latent_shape(pipe: DiffusionPipeline, call: Call) -> tuple[int, ...]:
-    """The shape of a prompt's latents before they are packed: (C, [frames,] h, w).
+    """Shape of one prompt's latents before packing: (C, h, w), for video (C, frames, h, w).
 
     Raises:
-        UserError: sizes or the number of frames don't divide into latents.
+        UserError: height, width or number of frames do not divide into latents.
     """
     family, factor = family_of(pipe), _spatial_factor(pipe)
     height, width = (side // factor for side in size(pipe, call))
@@ -205,7 +212,7 @@ def latent_shape(pipe: DiffusionPipeline, call: Call) -> tuple[int, ...]:
 
 
 def denormalised(vae: nn.Module, latents: Tensor) -> Tensor:
-    """Undo what normalised the latents (n, C, ...), by the VAE's config."""
+    """Latents (n, C, ...) as the VAE decodes them: undo scaling and shift by the VAE's config."""
     config = vae.config
     scale = config.get("scaling_factor") or 1.0
     mean, deviation = config.get("latents_mean"), config.get("latents_std")
@@ -219,7 +226,7 @@ def denormalised(vae: nn.Module, latents: Tensor) -> Tensor:
 
 
 def argument(pipe: DiffusionPipeline, call: Call, name: str) -> Any:
-    """An argument of the pipeline's call, by default its own default."""
+    """The value of an argument of the pipeline's call: from `call`, else its default."""
     value = call.get(name)
     return _defaults(pipe)[name] if value is None else value
 
@@ -230,15 +237,17 @@ def _defaults(pipe: DiffusionPipeline) -> dict[str, Any]:
 
 
 def _encoded(pipe: DiffusionPipeline, prompts: Sequence[str], call: Call) -> dict[str, Any]:
-    """Call `encode_prompt` as the pipeline's call does, and name what it returns."""
+    """Call `encode_prompt` as the pipeline does; name -> result, names as in `Family.embeds`."""
     wanted, defaults = inspect.signature(pipe.encode_prompt).parameters, _defaults(pipe)
     given = {name: argument(pipe, call, name) for name in wanted if name in defaults}
     given["prompt"] = list(prompts)  # Z-Image writes into the list
+    if "negative_prompt" in wanted and call.get("negative_prompt") is not None:
+        given["negative_prompt"] = [call["negative_prompt"]] * len(prompts)
     given["device"] = pipe._execution_device
     if "do_classifier_free_guidance" in wanted:
         given["do_classifier_free_guidance"] = is_guided(pipe, call)
     values = zip(family_of(pipe).embeds, pipe.encode_prompt(**given), strict=False)
-    # Without guidance, the place of the negative ones is empty.
+    # Without guidance, the negative embeddings are None or empty.
     return {name: value for name, value in values if value is not None and len(value)}
 
 
@@ -249,7 +258,10 @@ def _texts(embeds: Mapping[str, Any]) -> list[str]:
 def _padded(
     name: str, texts: Sequence[Tensor], mask: Tensor | None, length: int
 ) -> dict[str, Tensor]:
-    """Pad n texts (tokens, C), which may be padded to less already, to (n, length, C) and mask."""
+    """Pad n texts (tokens, C) to (n, length, C) and give their mask, bool (n, length).
+
+    `mask` is that of texts that are padded already, to less than `length`.
+    """
     padded = pad_sequence(list(texts), batch_first=True)
     padded = functional.pad(padded, (0, 0, 0, length - padded.shape[1]))
     sizes = [len(text) for text in texts] if mask is None else mask.sum(1).tolist()

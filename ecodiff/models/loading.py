@@ -9,7 +9,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils import logging as diffusers_logging
+from diffusers.pipelines.pipeline_utils import SUPPORTED_DEVICE_MAP
 from huggingface_hub.errors import (
     GatedRepoError,
     LocalEntryNotFoundError,
@@ -17,10 +17,13 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from safetensors import SafetensorError
-from transformers.utils import logging as transformers_logging
+from torch import nn
 
+from ecodiff.config.checks import is_local
 from ecodiff.models import saving
+from ecodiff.models.complete import check_components, read_json
+from ecodiff.models.libraries import hide_bars
+from ecodiff.runtime.devices import choose_device
 from ecodiff.runtime.errors import UserError, first_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -44,7 +47,7 @@ def load_pipeline(
     Args:
         source: hub id (owner/name), folder, or a .safetensors file with all weights.
         dtype: one of `DTYPES`, what weights are cast to.
-        device: where the pipeline goes; not used with a device map.
+        device: where the pipeline goes, see `choose_device`; not used with a device map.
         device_map: how components are spread over GPUs, such as "balanced".
         revision: commit, tag or branch on the hub.
         variant: file variant, such as fp16.
@@ -52,29 +55,39 @@ def load_pipeline(
         encoders: false leaves text encoders and tokenizers out: prompts were encoded before.
 
     Raises:
-        UserError: an unknown `dtype`, or the source is missing, gated, truncated, holds pickles
-            only, or can't be reached; the line says what helps.
+        UserError: an unknown `dtype`, `device` or `device_map`, or the source is missing, gated,
+            truncated, incomplete, holds pickles only, or can't be reached; the line says what
+            helps.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
-    # Bars are for people; a job's log wants lines, and ours has its own.
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
-    path = Path(source)
-    options: dict[str, Any] = {"dtype": DTYPES[dtype], "use_safetensors": True}
-    named = {"revision": revision, "variant": variant, "device_map": device_map}
-    options |= {key: value for key, value in named.items() if value is not None}
+    if device_map not in (None, *SUPPORTED_DEVICE_MAP):
+        allowed = ", ".join(dict.fromkeys(SUPPORTED_DEVICE_MAP))
+        raise UserError(f"device_map: {device_map!r} is not one of {allowed}")
+    device = choose_device(device) if device_map is None else device
+    hide_bars()
+    path, kind = Path(source), DTYPES[dtype]
     if path.is_file():
-        pipe = _single_file(path, config, options["dtype"])
-    elif path.is_dir() and variant is None and device_map is None:
-        pipe = saving.load(path, dtype=options["dtype"], encoders=encoders)
-    elif path.is_dir() or (not path.exists() and len(path.parts) == 2):
-        absent = {} if encoders else saving.text_parts(_index(source, revision))
-        read = DiffusionPipeline.from_pretrained
-        pipe = _explained(source, lambda: read(source, **options, **absent))
+        pipe = _single_file(path, config, kind)
     else:
+        options = {"variant": variant, "encoders": encoders}
+        folder = path if path.is_dir() else _downloaded(str(source), revision, **options)
+        pipe = saving.load(folder, dtype=kind, device_map=device_map, **options)
+    if device_map:
+        return pipe
+    return _explained(source, lambda: pipe.to(device))
+
+
+def _downloaded(source: str, revision: str | None, variant: str | None, encoders: bool) -> Path:
+    """The folder of the cache that a hub's pipeline lies in, once it is there."""
+    if is_local(source):
         raise UserError(f"source: {source} is neither a hub id (owner/name), a folder nor a file")
-    return pipe if device_map else pipe.to(device)
+    wanted = {"revision": revision, "variant": variant}
+    wanted = {key: value for key, value in wanted.items() if value is not None}
+    components = saving.components_of(_index(source, revision), source)
+    absent = {} if encoders else saving.text_parts(components)
+    read = DiffusionPipeline.download
+    return Path(_explained(source, lambda: read(source, use_safetensors=True, **wanted, **absent)))
 
 
 def _single_file(path: Path, config: str | None, dtype: torch.dtype) -> DiffusionPipeline:
@@ -84,22 +97,34 @@ def _single_file(path: Path, config: str | None, dtype: torch.dtype) -> Diffusio
         raise UserError(
             f"source: {path} is a single file: set `config` to the hub id or folder of its pipeline"
         )
-    pipeline = getattr(diffusers, _index(config)["_class_name"])
-    read = pipeline.from_single_file
-    return _explained(str(path), lambda: read(str(path), config=config, torch_dtype=dtype))
+    index = _index(config)
+    components = saving.components_of(index, config)
+    if Path(config).is_dir():
+        texts = {name: kind for name, kind in components.items() if name.startswith("tokenizer")}
+        check_components(Path(config), texts)
+    read = getattr(diffusers, index["_class_name"]).from_single_file
+    pipe = _explained(path, lambda: read(str(path), config=config, torch_dtype=dtype))
+    for name, part in pipe.components.items():
+        tensors = part.state_dict() if isinstance(part, nn.Module) else {}
+        absent = [f"{name}.{key}" for key, tensor in tensors.items() if tensor.is_meta]
+        if absent:
+            raise UserError(f"source: {path} lacks tensors of its pipeline, such as {absent[0]}")
+    return pipe
 
 
 def _index(source: str | Path, revision: str | None = None) -> dict[str, Any]:
     """The pipeline's model_index.json."""
+    if Path(source).is_dir():
+        return read_json(Path(source) / "model_index.json")
     wanted = {} if revision is None else {"revision": revision}
-    return _explained(source, lambda: DiffusionPipeline.load_config(source, **wanted))
+    return _explained(source, lambda: DiffusionPipeline.load_config(str(source), **wanted))
 
 
 def _explained(source: str | Path, read: Callable[[], Any]) -> Any:
     """Run `read`; what it raises becomes one line that says what helps."""
     try:
         return read()
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # a wrong value in a config may raise anything
         raise UserError(f"source: {source} {_what_helps(source, error)}") from error
 
 

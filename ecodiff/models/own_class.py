@@ -1,8 +1,8 @@
-"""Lets diffusers take a pruned denoiser's class from this package, not from the model's folder.
+"""Lets diffusers load pruned models with the class of this package instead of the folder's copy.
 
-The folder holds the class's file for machines without ecodiff, and diffusers runs a folder's code
-only with `trust_remote_code=True`. Whoever has imported ecodiff has that class already, so nothing
-of the folder needs to run.
+A pruned folder holds a copy of `ecodiff.models.pruned` for machines without ecodiff; diffusers runs
+it only with `trust_remote_code=True`. Once ecodiff is imported, its own class is used, and no code
+of the folder runs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LOADER = "diffusers.pipelines.pipeline_loading_utils"
 
 
 class _AfterImport(MetaPathFinder):
-    """Prepares the loader as soon as diffusers imports it: ecodiff itself does without torch."""
+    """Patches diffusers' loader when it is imported, so that importing ecodiff imports no torch."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -35,7 +35,7 @@ class _AfterImport(MetaPathFinder):
 
 
 def install() -> None:
-    """Prepare diffusers' loader, now or when it is imported."""
+    """Patch diffusers' loader, now or when it is imported."""
     if LOADER in sys.modules:
         _prepare(sys.modules[LOADER])
     else:

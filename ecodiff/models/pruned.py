@@ -1,12 +1,13 @@
-"""The class of a pruned denoiser. `save_pretrained` puts this very file beside the weights.
+"""The class of a pruned denoiser. `save_pretrained` copies this file beside the weights.
 
-It imports nothing of ecodiff, so that diffusers reads a pruned folder without ecodiff too, with
-`trust_remote_code=True`. A pruned denoiser is its dense diffusers class with narrower layers; its
-config says how narrow, under `pruned`:
+It imports nothing of ecodiff, so diffusers can load a pruned folder where ecodiff is not installed,
+with `trust_remote_code=True`. A pruned denoiser is its dense diffusers class with narrower layers.
+The entry `pruned` of its config holds their sizes:
 
-    shapes     layer -> shape of its weight
-    scattered  linears whose missing output channels give their bias alone
-    heads      attention -> heads that are left
+    shapes     layer name -> shape of its weight
+    scattered  names of modulation linears, whose removed output channels give only their bias
+    heads      attention name -> number of heads left
+    dense      the fingerprint of the dense model, see `pipelines.fingerprint`
 """
 
 from __future__ import annotations
@@ -26,14 +27,15 @@ CLASS_FILE = "ecodiff.py"
 
 
 class ScatterLinear(nn.Linear):
-    """A linear whose pruned output channels give their bias alone, or exactly 0 without one.
+    """A linear with fewer rows whose output keeps its width: removed channels give only their bias,
+    or 0 without one.
+
+    The weight is (k, in) and the bias (out,). The buffer `index`, int64 (k,), holds the places of
+    the rows in the output and is saved with them.
 
     Args:
         linear: the dense linear, weight (out, in).
-        kept: int64 (k,), its output channels that stay.
-
-    The weight is (k, in), the bias (out,); `index` (k,) is saved with them. The output is
-    (..., out) as before.
+        kept: int64 (k,), the output channels that stay.
     """
 
     def __init__(self, linear: nn.Linear, kept: Tensor) -> None:
@@ -44,7 +46,7 @@ class ScatterLinear(nn.Linear):
         self.register_buffer("index", kept.clone())
 
     def forward(self, input: Tensor) -> Tensor:
-        """Map (..., in) to (..., out), in the dtype of the narrow linear's result."""
+        """Map (..., in) to (..., out), in the dtype that the matrix product has."""
         narrow = nn.functional.linear(input, self.weight)
         full = narrow.new_zeros(*narrow.shape[:-1], self.channels)
         full = full.index_copy(-1, self.index, narrow)
@@ -52,19 +54,19 @@ class ScatterLinear(nn.Linear):
 
 
 class NoChannels(nn.Conv2d):
-    """A convolution without inputs or outputs, which torch doesn't run: its bias at each place."""
+    """A convolution with 0 input or output channels, which torch refuses to run: gives its bias."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Map (n, in, h, w) to (n, out, h, w); sizes stay, as in those that can be pruned."""
+        """Map (n, in, h, w) to (n, out, h, w); all convolutions that can be pruned keep h and w."""
         output = input.new_zeros(len(input), self.out_channels, *input.shape[2:])
         return output if self.bias is None else output + self.bias[:, None, None]
 
 
 class NoHeads(nn.Module):
-    """Attention without heads: what the masked one returns, which is not its input.
+    """An attention whose heads are all removed. It returns what the attention returns with all
+    heads masked: the bias of its output projection, and the residual where the attention adds it.
 
-    The output projections have no columns left and give their biases. Without an output projection
-    (FLUX's single blocks) the result has zero width.
+    Without an output projection (FLUX's single blocks) the result has zero width.
     """
 
     def __init__(self, attention: nn.Module) -> None:
@@ -78,7 +80,7 @@ class NoHeads(nn.Module):
     def forward(
         self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **_: Any
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Return (B, S, C), or a pair of it with the context's in joint attention."""
+        """Return the shape of `hidden_states`; in joint attention a pair with that of the text."""
         image = hidden_states
         if image.ndim == 4:
             image = image.flatten(2).transpose(1, 2)
@@ -94,16 +96,16 @@ class NoHeads(nn.Module):
 
 
 class Pruned:
-    """What makes a diffusers model class a pruned one: layers as narrow as its config says."""
+    """Mixin for a diffusers model class: narrows its layers to the sizes in its config."""
 
     @classmethod
     def from_config(
         cls, config: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
     ) -> Self | tuple[Self, dict[str, Any]]:
-        """Build the model without weights; same contract as `ConfigMixin.from_config`.
+        """Build the model without its weights; same contract as `ConfigMixin.from_config`.
 
         Raises:
-            ValueError: `pruned` of the config names layers or sizes that the model lacks.
+            ValueError: the config's entry `pruned` names layers or sizes that are not possible.
         """
         config = dict(config)
         record = config.pop("pruned", {})
@@ -112,10 +114,10 @@ class Pruned:
         model.register_to_config(pruned=dict(record))
         return (model, unused) if return_unused_kwargs else model
 
-    @wraps(ModelMixin.save_pretrained)  # pipelines look at the signature
+    @wraps(ModelMixin.save_pretrained)  # diffusers inspects its signature
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """Write weights, config and this class; same contract as `ModelMixin.save_pretrained`."""
-        # Before the weights: they may be pushed to the hub in the same call.
+        # Copied before the weights are saved: that call may also push the folder to the hub.
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         shutil.copyfile(__file__, Path(save_directory, CLASS_FILE))
         super().save_pretrained(save_directory, *args, **kwargs)
@@ -124,13 +126,14 @@ class Pruned:
 @cache
 def pruned_class(dense: type[ModelMixin]) -> type[ModelMixin]:
     """Return the pruned counterpart of a diffusers model class."""
-    # model_index.json records this module: the package's name, and that of the file in the folder.
+    # diffusers writes this module name into model_index.json. `ecodiff` is both the package, where
+    # it is installed, and the name of the file in the folder.
     members = {"__module__": "ecodiff", "__doc__": f"A pruned `diffusers.{dense.__name__}`."}
     return type(f"Pruned{dense.__name__}", (Pruned, dense), members)
 
 
 def __getattr__(name: str) -> type[ModelMixin]:
-    """The class `Pruned<Class>` for a diffusers model class."""
+    """Module attributes `Pruned<Class>`, such as `PrunedFluxTransformer2DModel`."""
     dense = getattr(diffusers, name.removeprefix("Pruned"), None)
     is_model = isinstance(dense, type) and issubclass(dense, ModelMixin)
     if not (name.startswith("Pruned") and is_model):
@@ -144,7 +147,7 @@ def take(layer: nn.Linear | nn.Conv2d, dim: int, kept: Tensor) -> None:
     if dim == 0 and layer.bias is not None:
         layer.bias = _selected(layer.bias, 0, kept)
     sizes = ("out", "in")[dim : dim + 1]
-    if isinstance(layer, nn.Conv2d) and layer.groups > 1:  # one filter a channel
+    if isinstance(layer, nn.Conv2d) and layer.groups > 1:  # depthwise: one filter per channel
         layer.groups, sizes = len(kept), ("out", "in")
     for size in sizes:
         unit = "channels" if isinstance(layer, nn.Conv2d) else "features"
@@ -154,7 +157,8 @@ def take(layer: nn.Linear | nn.Conv2d, dim: int, kept: Tensor) -> None:
 
 
 def set_heads(denoiser: nn.Module, name: str, heads: int) -> None:
-    """Tell an attention how many heads it has; diffusers' processors divide by that number."""
+    """Set an attention's number of heads, by which diffusers' processors split channels; with 0 it
+    becomes `NoHeads`."""
     attention = denoiser.get_submodule(name)
     if heads == 0:
         denoiser.set_submodule(name, NoHeads(attention))
@@ -171,7 +175,8 @@ def set_heads(denoiser: nn.Module, name: str, heads: int) -> None:
 
 
 def _apply(model: nn.Module, record: Mapping[str, Any]) -> None:
-    """Give a dense model the shapes of a pruned one; which units stay doesn't matter here."""
+    """Narrow a dense model to the recorded shapes. The weights are loaded afterwards, so it does
+    not matter which units stay."""
     scattered = set(record.get("scattered", ()))
     for name, shape in record.get("shapes", {}).items():
         layer = _part(model, name)

@@ -1,8 +1,14 @@
-"""What can be removed from a denoiser: sets of equal units, and where they meet its linears.
+"""What can be removed from a denoiser: sets of equal units, and the linears they belong to.
 
-The only file that knows architectures. It reads them off the linears (their names, sizes and
-wiring), never off class names, and refuses a denoiser that it understands only in part. Sana's
-feed-forward is made of convolutions, whose channels are rows and columns all the same.
+| kind       | unit                             | producers lose rows    | consumers lose columns |
+|------------|----------------------------------|------------------------|------------------------|
+| heads      | an attention head                | q, k, v projections    | output projections     |
+| neurons    | a hidden neuron of a FFN         | first linear(s)        | second linear          |
+| modulation | an output channel of AdaLN       | its linear             | none                   |
+
+The only file that knows architectures. It recognises them by their linears (names, sizes and
+wiring), not by class names, and refuses a denoiser that it understands only in part. Sana's
+feed-forward is made of convolutions; their output and input channels count as rows and columns.
 """
 
 from __future__ import annotations
@@ -23,12 +29,13 @@ _PROJECTIONS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"
 
 @dataclass(frozen=True)
 class Port:
-    """Where a structure meets one linear.
+    """A linear with the rows or columns of it that a structure's units own.
 
     Attributes:
         module: dotted name of the `nn.Linear` (or `nn.Conv2d`) in the denoiser.
-        offsets: unit `u` owns rows (producer) or columns (consumer)
-            `[o + u * width, o + (u + 1) * width)` for each offset `o`; GEGLU has `(0, inner)`.
+        offsets: unit `u` owns rows (of a producer) or columns (of a consumer)
+            `[o + u * width, o + (u + 1) * width)` for each offset `o`. GEGLU's projection, whose
+            rows are two halves, has `(0, inner)`.
     """
 
     module: str
@@ -43,10 +50,11 @@ class Structure:
         name: `<owning module>.<kind>`; unique and stable.
         kind: `heads`, `neurons` or `modulation`.
         units: how many there are.
-        width: rows or columns a unit (the head dimension, or 1).
-        producers: linears that lose rows of their weight, and of their bias unless modulation.
+        width: rows or columns of one unit: the head dimension, or 1.
+        producers: linears that lose rows of the weight, and of the bias unless it is modulation.
         consumers: linears that lose input columns; empty for modulation.
-        unit_parameters: parameters that go with one unit, biases included but for modulation's.
+        unit_parameters: parameters that are removed with one unit: weights, and the producers'
+            biases unless it is modulation.
     """
 
     name: str
@@ -91,11 +99,11 @@ def discover(model: Any) -> list[Structure]:
     """Find all structures of a denoiser, in the order of its `named_modules`.
 
     Args:
-        model: a diffusers pipeline or its denoiser; any device, `meta` included.
+        model: a diffusers pipeline or its denoiser; any device, including `meta`.
 
     Raises:
-        UserError: nothing, or only a part, of the denoiser's transformer blocks is understood; the
-            modules are named. A part would make "sparsity" mean something else for each model.
+        UserError: the denoiser's transformer blocks are not understood, or only in part; the
+            modules are named.
     """
     denoiser = denoiser_of(model)
     structures = [s for name, m in denoiser.named_modules() for s in _structures(name, m, denoiser)]
@@ -111,7 +119,7 @@ def discover(model: Any) -> list[Structure]:
 
 
 def modulation_linears(structures: Iterable[Structure]) -> set[str]:
-    """The linears of structures without consumers, whose units are what they write."""
+    """Names of the linears of structures without consumers: their output channels are the units."""
     return {port.module for s in structures if not s.consumers for port in s.producers}
 
 
@@ -121,7 +129,7 @@ def count_parameters(denoiser: nn.Module) -> int:
 
 
 def maskable_share(structures: Iterable[Structure], total: int) -> float:
-    """Share of `total` parameters that goes when every unit of `structures` goes, in 0..1."""
+    """Share of `total` parameters, 0 to 1, that all units of `structures` hold."""
     return sum(s.units * s.unit_parameters for s in structures) / total
 
 
@@ -134,7 +142,7 @@ def _structures(name: str, module: nn.Module, denoiser: nn.Module) -> Iterator[S
 
 
 def _heads(name: str, attention: nn.Module, denoiser: nn.Module) -> Structure | None:
-    """Attention, self, cross or joint; in a parallel block its consumer is the block's proj_out."""
+    """Self, cross or joint attention; in a parallel block the consumer is the block's proj_out."""
     heads = getattr(attention, "heads", 0)
     present = [n for n in _PROJECTIONS if _linear(attention, n) is not None]
     inner = {_linear(attention, n).out_features for n in present}
@@ -157,7 +165,7 @@ def _heads(name: str, attention: nn.Module, denoiser: nn.Module) -> Structure | 
 
 
 def _feed_forward(name: str, module: nn.Module, denoiser: nn.Module) -> Structure | None:
-    """FFN `net = [activation(proj), dropout, linear]`; a gated activation's proj is two halves."""
+    """FFN `net = [activation(proj), dropout, linear]`; GEGLU's proj has two halves of rows."""
     first, second = _linear(module, "net.0.proj"), _linear(module, "net.2")
     if first is None or second is None or second.in_features < 1:
         return None
@@ -170,7 +178,7 @@ def _feed_forward(name: str, module: nn.Module, denoiser: nn.Module) -> Structur
 
 
 def _gated_feed_forward(name: str, module: nn.Module, denoiser: nn.Module) -> Structure | None:
-    """FFN `w2(silu(w1 x) * w3 x)`, as of Llama and Z-Image."""
+    """FFN `w2(silu(w1 x) * w3 x)`, as in Llama and Z-Image."""
     first, second, third = (_linear(module, n) for n in ("w1", "w2", "w3"))
     if first is None or second is None or third is None:
         return None
@@ -182,7 +190,7 @@ def _gated_feed_forward(name: str, module: nn.Module, denoiser: nn.Module) -> St
 
 
 def _conv_feed_forward(name: str, module: nn.Module, denoiser: nn.Module) -> Structure | None:
-    """FFN of convolutions, as of Sana: value and gate, filtered channel by channel."""
+    """FFN of convolutions, as in Sana: 1x1 to value and gate, depthwise, gating, 1x1 back."""
     parts = [module._modules.get(n) for n in ("conv_inverted", "conv_depth", "conv_point")]
     if not all(isinstance(part, nn.Conv2d) for part in parts):
         return None
@@ -197,7 +205,7 @@ def _conv_feed_forward(name: str, module: nn.Module, denoiser: nn.Module) -> Str
 
 
 def _parallel_neurons(name: str, block: nn.Module, denoiser: nn.Module) -> Structure | None:
-    """MLP of a parallel block: its columns come after the heads' in the packed `proj_out`."""
+    """MLP of a parallel block: its columns follow those of the heads in the packed `proj_out`."""
     if not _is_parallel(block):
         return None
     inner = block.proj_mlp.out_features
@@ -207,9 +215,10 @@ def _parallel_neurons(name: str, block: nn.Module, denoiser: nn.Module) -> Struc
 
 
 def _modulation(name: str, module: nn.Module, denoiser: nn.Module) -> Structure | None:
-    """Adaptive norm: a linear that turns the conditioning into scales, shifts and gates.
+    """AdaLN: a linear that maps the conditioning to scales, shifts and gates.
 
-    It stands beside a norm or a SiLU as `linear`, or ends a Sequential that is called a modulation.
+    It is either called `linear`, in a module that also has a `norm` or `silu`, or the last layer of
+    a Sequential with "mod" in its name.
     """
     linear, path = _linear(module, "linear"), f"{name}.linear"
     beside = any(isinstance(getattr(module, n, None), nn.Module) for n in ("norm", "silu"))
@@ -243,7 +252,7 @@ def _structure(
     parameters = 0
     for port in producers:
         linear = denoiser.get_submodule(port.module)
-        # A modulation channel's bias stays: it gives what the channel gave on average.
+        # A removed modulation channel keeps its bias, which holds the channel's mean.
         row = linear.weight[0].numel() + (linear.bias is not None and kind != "modulation")
         parameters += len(port.offsets) * width * row
     for port in consumers:
@@ -260,7 +269,7 @@ def _linear(module: nn.Module, path: str) -> nn.Linear | None:
 
 
 def _is_plain(linear: nn.Linear) -> bool:
-    """Whether rows and columns can be taken: quantisers pack weights, or wrap them in a type."""
+    """Whether rows and columns can be selected: quantisers pack weights or wrap them in a type."""
     weight = linear.weight
     if type(weight) is not nn.Parameter or type(weight.data) is not Tensor:
         return False
@@ -269,7 +278,7 @@ def _is_plain(linear: nn.Linear) -> bool:
 
 
 def _is_parallel(block: nn.Module) -> bool:
-    """Whether attention and MLP run side by side into one packed `proj_out` = [heads | mlp]."""
+    """Whether attention and MLP run in parallel into one packed `proj_out` = [heads | mlp]."""
     mlp, out = _linear(block, "proj_mlp"), _linear(block, "proj_out")
     query = _linear(block, "attn.to_q")
     if mlp is None or out is None or query is None or _linear(block, "attn.to_out.0") is not None:
@@ -278,16 +287,18 @@ def _is_parallel(block: nn.Module) -> bool:
 
 
 def _norms_are_per_head(attention: nn.Module, width: int) -> bool:
-    """Whether q/k norms keep to one head: one that spans heads changes when a head goes."""
+    """Whether q/k norms act on each head alone; one over all heads changes when a head goes."""
     norms = (getattr(attention, f"norm_{n}", None) for n in ("q", "k", "added_q", "added_k"))
     return all(p.numel() == width for norm in norms if norm is not None for p in norm.parameters())
 
 
 def _unfit(denoiser: nn.Module, structures: list[Structure]) -> list[str]:
-    """Name what holds a matrix in a transformer block (an attention's parent) yet is not owned.
+    """Names of layers with a weight matrix in transformer blocks that no structure owns.
 
-    That is a linear or convolution wired in an unknown way, a fused projection, an adapter's or a
-    quantiser's layer in the place of a linear, or what an earlier pruning left.
+    A transformer block is the parent of an attention. Such layers are linears or convolutions wired
+    in an unknown way, fused projections, layers of an adapter or a quantiser in the place of a
+    linear, or what an earlier pruning left. If they were ignored, sparsity would not compare
+    between models.
     """
     known = {port.module for s in structures for port in (*s.producers, *s.consumers)}
     known |= _whole_attentions(denoiser)
@@ -304,7 +315,7 @@ def _unfit(denoiser: nn.Module, structures: list[Structure]) -> list[str]:
 
 
 def _whole_attentions(denoiser: nn.Module) -> set[str]:
-    """The linears of attentions that stay whole: their q/k norms span all heads (Wan)."""
+    """Names of the linears of attentions that cannot lose heads: q/k norms over all heads (Wan)."""
     return {
         f"{name}.{inner}"
         for name, module in denoiser.named_modules()

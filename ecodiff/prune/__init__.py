@@ -12,7 +12,7 @@ __all__ = ["prune"]
 
 
 class _Verb(ModuleType):
-    """`ecodiff.prune` is this package and the public verb alike: calling the one is the other."""
+    """Makes this package callable: `ecodiff.prune` is both the package and the public function."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         prune(*args, **kwargs)

@@ -1,6 +1,9 @@
 """Least-squares compensation: re-solve surviving weights in closed form, without any training.
 
-All linears at once, each as if the others were dense; `in_groups` takes one after the other.
+    W', b' = argmin ||W X + b - W' X_kept - b'||^2 + ridge,   X = inputs in the dense model
+
+from the Gram matrix X X^T over all denoising steps. Here each linear is solved as if all the others
+were dense; `in_groups` solves one group after the other, on the model as compensated so far.
 """
 
 from __future__ import annotations
@@ -31,21 +34,21 @@ def compensate(
 ) -> None:
     """Re-solve each consumer for the inputs that stay, in place, before anything is cut.
 
-    The columns that go are left as they are; `narrow` removes them. A consumer that several
-    structures cut (FLUX's packed `proj_out`) is solved once for all of them.
+    Only the columns that stay are written; `narrow` removes the others. A consumer of several
+    structures (FLUX's packed `proj_out`) is solved once for all of them.
+
+    A linear with more inputs than `grams` has rows (calibration tokens) is underdetermined: the
+    ridge keeps its weights in the directions without data, and a warning is logged.
 
     Args:
         denoiser: the dense denoiser.
         structures: its structures.
-        kept: structure name -> int64 (k,) units that stay.
-        grams: second moments and sums of the consumers' inputs in the dense model.
-        ridge: see `solve`.
-
-    Where a linear has more inputs than `grams` have rows, they say nothing of some directions, in
-    which the ridge keeps the weights as they are; that is logged once.
+        kept: structure name -> int64 (k,), units that stay.
+        grams: Gram matrices and sums of the consumers' inputs in the dense model.
+        ridge: relative strength of the ridge, see `solve`.
 
     Raises:
-        UserError: `grams` lack a consumer.
+        UserError: a consumer is missing in `grams`.
     """
     short = [name for name, gram in grams.gram.items() if grams.count[name] < len(gram)]
     if short:
@@ -61,7 +64,7 @@ def compensate(
             raise UserError(f"grams: {module} is missing; gather them for all structures")
         columns = columns.to(linear.weight.device)
         weight, bias = solve(
-            linear.weight.detach().flatten(1),  # a convolution that contracts is a linear: 1x1
+            linear.weight.detach().flatten(1),  # a consumer that is a convolution is 1x1
             None if linear.bias is None else linear.bias.detach(),
             grams.gram[module].to(linear.weight.device),
             grams.total[module].to(linear.weight.device),
@@ -74,7 +77,14 @@ def compensate(
 
 @torch.no_grad()
 def write(linear: nn.Module, columns: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Put a solution into the columns of a linear (or 1x1 convolution) that stay, in place."""
+    """Write a solution into the given columns of a linear (or 1x1 convolution), in place.
+
+    Args:
+        linear: the linear.
+        columns: int64 (k,), the input columns that stay.
+        weight: (out, k).
+        bias: (out,), or None.
+    """
     linear.weight[:, columns] = weight.view(*weight.shape, *linear.weight.shape[2:])
     if bias is not None:
         linear.bias.copy_(bias)
@@ -91,23 +101,25 @@ def solve(
 ) -> tuple[Tensor, Tensor | None]:
     """Minimise ||W X + b - W' X_kept - b'||^2 + l ||W' - W_kept||^2 over W' and b'.
 
-    The ridge pulls towards the weights as they are, so nothing changes where nothing is removed and
-    directions that the activations don't span keep their weights; b' is free.
+    The ridge pulls W' towards the present weights, not towards 0: nothing changes where nothing is
+    removed, and directions that the activations do not span keep their weights. b' is not
+    penalised.
 
     Args:
         weight: W (out, in).
-        bias: b (out,), or None: then b' is none either.
-        gram: X X^T (in, in) over all `count` calibration tokens.
-        total: the sum of X over tokens, (in,).
-        count: how many tokens.
+        bias: b (out,), or None: then b' is None as well.
+        gram: X X^T (in, in), summed over `count` calibration tokens.
+        total: sum of X over the same tokens, (in,).
+        count: number of tokens.
         kept: int64 (k,), the inputs that stay.
-        ridge: l divided by the mean of the diagonal of the kept Gram matrix.
+        ridge: l relative to the mean diagonal of the kept Gram matrix, so that it does not depend
+            on the scale of the activations or the number of tokens.
 
     Returns:
-        W' (out, k) and b' (out,), in the dtype of `weight`; solved in float64.
+        W' (out, k) and b' (out,), in the dtypes of `weight` and `bias`; solved in float64.
     """
     full = gram.double()
-    if bias is not None:  # a constant feature: its weight is the bias
+    if bias is not None:  # append a constant input of 1, whose weight is the bias
         corner = total.new_full((1, 1), count, dtype=torch.float64)
         edge = total.double()[:, None]
         full = torch.cat([torch.cat([full, edge], 1), torch.cat([edge.T, corner], 1)])
@@ -120,16 +132,19 @@ def refit(
 ) -> tuple[Tensor, Tensor | None]:
     """Minimise ||W T + b - W' X - b'||^2 + l ||W' - W_kept||^2 over W' and b'.
 
-    T is what the linear read in the dense model and X what it reads now of the inputs that stay;
-    with a bias, both have a constant 1 as their last feature.
+    T are the linear's inputs in the dense model, X its inputs in the pruned model, of those that
+    stay. With a bias, both have a constant 1 as their last feature.
 
     Args:
-        weight, bias, kept, ridge: see `solve`.
-        own: X X^T (k, k), or (k + 1, k + 1).
-        cross: T X^T (in, k), or (in + 1, k + 1).
+        weight: W (out, in), the dense weight.
+        bias: b (out,), or None.
+        kept: int64 (k,), the inputs that stay.
+        own: X X^T, float64 (k, k); with a bias (k + 1, k + 1).
+        cross: T X^T, float64 (in, k); with a bias (in + 1, k + 1).
+        ridge: l relative to the mean diagonal of X X^T.
 
     Returns:
-        W' (out, k) and b' (out,), as `solve`.
+        W' (out, k) and b' (out,), or None for b' without a bias; in the dtypes of `weight`, `bias`.
     """
     dense, now = weight.double(), weight[:, kept].double()
     if bias is not None:
@@ -137,7 +152,7 @@ def refit(
     penalty = torch.zeros_like(own.diagonal())
     if len(kept):
         penalty[: len(kept)] = ridge * own.diagonal()[: len(kept)].mean()
-    # Solved for the change, so that nothing changes where nothing is missing.
+    # Solve for the change of the weights: it is exactly zero where nothing is removed.
     missing = dense @ cross - now @ own
     solved = now + _solve(own + penalty.diag(), missing.T).T
     if bias is None:
@@ -146,7 +161,8 @@ def refit(
 
 
 def _solve(normal: Tensor, right: Tensor) -> Tensor:
-    """Solve a symmetric positive (semi-)definite system; without a ridge it may be singular."""
+    """Solve a symmetric positive semi-definite system, by the pseudo-inverse where it is singular
+    (without a ridge)."""
     factor, failed = torch.linalg.cholesky_ex(normal)
     if not failed:
         return torch.cholesky_solve(right, factor)

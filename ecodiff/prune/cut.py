@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from ecodiff.calibrate import Calibration, Grams
+from ecodiff.config.reading import read_settings
 from ecodiff.config.sections import PruneSettings
+from ecodiff.models.pipelines import fingerprint
 from ecodiff.models.pruned import Pruned, pruned_class
 from ecodiff.models.structures import Structure, denoiser_of, discover
 from ecodiff.prune.compensate import compensate
@@ -27,31 +30,40 @@ def prune(
     pipe: DiffusionPipeline,
     mask: Mask | Mapping[str, Tensor],
     data: Grams | Calibration | None = None,
-    settings: PruneSettings | None = None,
+    settings: PruneSettings | Mapping[str, Any] | None = None,
 ) -> None:
     """Remove the units that the mask doesn't keep, in place (EcoDiff, "structural pruning").
 
-    The pruned model computes what the dense one does under 0/1 gates, unless `data` is given: then
-    consumers are solved again, and modulation that goes gives its mean. Its denoiser becomes an
+    Without `data` the pruned model computes exactly what the dense one computes with the mask as
+    0/1 gates. With `data`, surviving weights of consumers are re-solved by least squares, and
+    removed modulation channels give their calibration mean. The denoiser's class becomes
     `ecodiff.Pruned<Class>`.
 
     Args:
         pipe: a dense pipeline.
         mask: a `Mask`, or structure name -> bool (units,), true for units that stay. Structures
             that are not named stay whole.
-        data: re-solve the surviving weights: by the dense model's `Grams` all at once, see
-            `compensate`; by a `Calibration` in groups, see `in_groups`.
-        settings: how.
+        data: what to compensate with: the dense model's `Grams` solve all linears at once, see
+            `compensate`; a `Calibration` solves them in groups, see `in_groups`. None: no
+            compensation.
+        settings: ridge, groups and batch size of the compensation.
 
     Raises:
-        UserError: the denoiser is pruned already, or mask or grams don't fit its structures.
+        UserError: the denoiser is pruned already, mask or data are of another model, or a mapping
+            doesn't fit its structures.
     """
     denoiser = denoiser_of(pipe)
     if isinstance(denoiser, Pruned):
         raise UserError("the denoiser is pruned already; prune the dense model with a larger mask")
-    structures = discover(denoiser)
-    kept = _kept_units(structures, getattr(mask, "kept", mask))
-    settings = settings or PruneSettings()
+    kept = getattr(mask, "kept", mask)
+    if not isinstance(kept, Mapping):
+        hint = "; ecodiff.Mask.load reads a file" if isinstance(mask, str | Path) else ""
+        raise UserError(f"mask: {mask!r} is not a mask{hint}")
+    if not isinstance(mask, Mapping):
+        mask.check(pipe)
+    structures, dense = discover(denoiser), fingerprint(pipe)
+    kept = _kept_units(structures, kept)
+    settings = read_settings(PruneSettings, settings)
     if isinstance(data, Calibration):
         compensate_in_groups(
             pipe,
@@ -65,24 +77,27 @@ def prune(
     elif data is not None:
         data.check(pipe)
         compensate(denoiser, structures, kept, data, settings.ridge)
-    # What is solved again has a constant of its own.
+    # Least squares solves for the biases of consumers itself, so only the means of modulation
+    # linears, which it does not touch, are left to set.
     means = getattr(mask, "means", {}) if data is None else of_modulation(structures, data.means)
     leave_means(denoiser, structures, kept, means)
     record = narrow(denoiser, structures, kept)
     denoiser.__class__ = pruned_class(type(denoiser))
-    denoiser.register_to_config(pruned=record)
-    # The pipeline recorded the dense class; setting the component records the new one.
+    denoiser.register_to_config(pruned={**record, "dense": dense})
+    # The pipeline's config names the dense class; setting the component records the new one.
     name = next(n for n, component in pipe.components.items() if component is denoiser)
     setattr(pipe, name, denoiser)
 
 
 def _kept_units(structures: Sequence[Structure], mask: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the indices of the units that stay, of those structures that lose any."""
+    """Structure name -> int64 indices of the units that stay; only structures that lose units."""
     sizes = {s.name: s.units for s in structures}
     kept = {}
     for name, stays in mask.items():
         if name not in sizes:
             raise UserError(f"mask: {name} is not a structure of this model")
+        if not isinstance(stays, Tensor):
+            raise UserError(f"mask: {name}: is a {type(stays).__name__}, must be a bool tensor")
         if stays.dtype != torch.bool or stays.shape != (sizes[name],):
             found = f"{stays.dtype} {tuple(stays.shape)}"
             raise UserError(f"mask: {name}: is {found}, must be bool of ({sizes[name]},)")

@@ -1,4 +1,4 @@
-"""Compensation of one group of linears after the other, on the model compensated so far."""
+"""Least-squares compensation in groups: later linears also correct the errors of earlier ones."""
 
 from __future__ import annotations
 
@@ -32,22 +32,32 @@ def compensate_in_groups(
     ridge: float,
     batch_size: int,
 ) -> None:
-    """Re-solve each consumer so that it answers what it did in the dense model, although it reads
-    what the model pruned and compensated so far gives it. In place, before anything is cut.
+    """Re-solve the consumers group by group, in the order of the forward pass; in place, before
+    anything is cut.
 
-    Both models run on the dense trajectory's inputs, step by step, so that later layers correct
-    what earlier ones got wrong; those that lose nothing do, too. Structures without consumers are
-    gone from the start, but for their means. Groups are OBS-Diff's "module packages"; its target is
-    the pruned model's own answer.
+    Each consumer is fitted to its output in the dense model, from the inputs that it gets in the
+    model as pruned and compensated so far. Both models run on the denoiser inputs of the dense
+    model's steps. So later consumers correct errors of earlier ones, including consumers that lose
+    no columns themselves. Modulation channels are removed before the first group and give their
+    calibration means.
+
+    Groups are OBS-Diff's "module packages"; OBS-Diff fits to the output of the pruned model instead
+    of the dense one.
 
     Args:
         pipe: the dense pipeline.
-        structures, kept, ridge: see `compensate`.
+        structures: its denoiser's structures.
+        kept: structure name -> int64 (k,), units that stay.
         calibration: recorded of the dense model.
-        groups: how many; 1 differs from `compensate` by structures without consumers alone.
+        groups: number of groups. The data are gathered once per group. 1 differs from `compensate`
+            only by the removed modulation.
+        ridge: relative strength of the ridge, see `compensate.solve`.
         batch_size: prompts that run together.
+
+    Raises:
+        UserError: the calibration is of another model.
     """
-    calibration.check(pipe)
+    calibration = calibration.for_dense(pipe)
     denoiser = denoiser_of(pipe)
     batches = calibration.batches(batch_size, denoiser.device)
     steps = [s for e, noise, _ in batches for s in dense_steps(pipe, e, noise, calibration.call)]
@@ -82,14 +92,14 @@ def _moments(
     steps: Sequence[DenseStep],
     gates: Gates,
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Linear -> X X^T and T X^T of `refit`, float64, summed over all steps and prompts."""
+    """Linear name -> (X X^T, T X^T) of `refit`, float64, summed over all steps and prompts."""
     sums: dict[str, tuple[Tensor, Tensor]] = {}
     for step in steps:
         now: dict[str, Tensor] = {}
         then: dict[str, Tensor] = {}
         with watched(denoiser, columns, partial(_keep_rows, then)):
             functional_call(denoiser, dict(dense), step.args, step.kwargs)
-        # Hooked first, so that inputs are seen before their own gates.
+        # `watched` hooks first, so it records a consumer's inputs before its own gates act.
         with watched(denoiser, columns, partial(_keep_rows, now)), gates.attached(denoiser):
             denoiser(*step.args, **step.kwargs)
         for module, stays in columns.items():
@@ -108,7 +118,7 @@ def _keep_rows(
 
 
 def _in_order(denoiser: nn.Module, structures: Sequence[Structure], step: DenseStep) -> list[str]:
-    """The consumers in the order in which a forward pass runs them."""
+    """The names of the consumers in the order in which a forward pass runs them."""
     names = dict.fromkeys(port.module for s in structures for port in s.consumers)
     seen: dict[str, None] = {}
     with watched(denoiser, names, lambda name, *_: seen.setdefault(name)):
@@ -117,7 +127,7 @@ def _in_order(denoiser: nn.Module, structures: Sequence[Structure], step: DenseS
 
 
 def _split(order: Sequence[str], groups: int) -> list[Sequence[str]]:
-    """Neighbours together, in `groups` parts of nearly equal size, or fewer."""
+    """Split into `groups` consecutive parts of nearly equal size, or one part per name if fewer."""
     count = min(groups, len(order))
     edges = [part * len(order) // count for part in range(count + 1)]
     return [order[first:last] for first, last in pairwise(edges)]

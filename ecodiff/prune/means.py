@@ -1,4 +1,7 @@
-"""Let biases give what units that go gave on average, as gates do that close onto the mean."""
+"""Fold the mean activation of removed units into biases, at no cost in parameters.
+
+This makes a pruned model equal to one whose gates close onto the mean (`mask.closed: mean`).
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from ecodiff.prune.narrow import consumer_columns
 def of_modulation(
     structures: Sequence[Structure], means: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Those means of a `Calibration` that are of modulation linears."""
+    """The entries of `Calibration.means` that belong to modulation linears."""
     linears = modulation_linears(structures)
     return {name: mean for name, mean in means.items() if name in linears}
 
@@ -26,16 +29,17 @@ def leave_means(
     kept: Mapping[str, Tensor],
     means: Mapping[str, Tensor],
 ) -> None:
-    """Let the means of what goes stay behind in biases, in place, before anything is cut.
+    """Set biases so that removed units are replaced by their means; in place, before cutting.
 
-    Consumers add what their lost inputs gave on average; a modulation channel that goes gives its
-    mean, or 0 without one.
+    The bias of a consumer gains W[:, removed] @ mean[removed]. The bias of a removed modulation
+    channel becomes the channel's mean output, or 0 without one.
 
     Args:
         denoiser: the dense denoiser.
         structures: its structures.
-        kept: structure name -> int64 (k,) units that stay.
-        means: see `Calibration`; consumers without are left as they are.
+        kept: structure name -> int64 (k,), units that stay.
+        means: module name -> mean, see `Calibration.means`. Consumers that are not named keep their
+            bias.
     """
     for module, columns in consumer_columns(denoiser, structures, kept).items():
         if module in means:
@@ -49,15 +53,15 @@ def leave_means(
 
 
 def _absorb(linear: nn.Module, columns: Tensor, mean: Tensor) -> None:
-    """Add to a consumer's bias what the mean (in,) of its inputs gave, but for `columns`."""
+    """Add W @ mean to a consumer's bias, for the inputs that go: all but `columns`; mean (in,)."""
     lost = mean.to(linear.weight.device, torch.float64)
     lost = lost.index_fill(0, columns.to(lost.device), 0.0)
-    weight = linear.weight.flatten(1).double()  # a convolution that contracts is a linear: 1x1
+    weight = linear.weight.flatten(1).double()  # a consumer that is a convolution is 1x1
     linear.bias.copy_(linear.bias.double() + weight @ lost)
 
 
 def _settle(linear: nn.Module, rows: Tensor, mean: Tensor | None) -> None:
-    """Make a modulation linear's bias its mean (out,), or 0 without one, but for `rows`."""
+    """Set a modulation linear's bias to the mean output (out,), or to 0, for all but `rows`."""
     if linear.bias is None:
         return
     gone = torch.ones_like(linear.bias, dtype=torch.bool)

@@ -1,8 +1,8 @@
 """Narrow the linears of a denoiser to the units that stay.
 
-`W[:, keep] @ x[keep] == W @ (m * x)` for a 0/1 mask m, so cutting rows of the producers and columns
-of the consumers leaves what the model computes under that mask as it is (EcoDiff, "structural
-pruning"). Where nothing is left to attend with, `NoHeads` stands in for the attention.
+`W[:, keep] @ x[keep] == W @ (m * x)` for a 0/1 mask m: cutting rows of the producers and columns of
+the consumers gives the same output as masking (EcoDiff, "structural pruning"). An attention that
+loses all its heads is replaced by `NoHeads`.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from ecodiff.models.structures import Structure
 def narrow(
     denoiser: nn.Module, structures: Iterable[Structure], kept: Mapping[str, Tensor]
 ) -> dict[str, Any]:
-    """Cut a dense denoiser in place.
+    """Cut the linears of a dense denoiser in place.
 
     Args:
-        denoiser: the dense denoiser; any device, `meta` included.
+        denoiser: the dense denoiser; any device, including `meta`.
         structures: its structures.
-        kept: structure name -> int64 (k,) indices of the units that stay, ascending; k may be 0.
-            Structures not named stay whole.
+        kept: structure name -> int64 (k,), indices of the units that stay, ascending; k may be 0.
+            Structures that are not named stay whole.
 
     Returns:
-        What `pruned` in the config says of the result, see `ecodiff.models.pruned`.
+        The entry `pruned` of the denoiser's config, see `ecodiff.models.pruned`.
     """
     structures = [s for s in structures if s.name in kept]
     scattered, heads = [], {}
@@ -50,7 +50,7 @@ def narrow(
             heads[owner] = len(units)
     layers = dict(denoiser.named_modules())
     ports = {port.module for s in structures for port in (*s.producers, *s.consumers)}
-    # The projections of an attention without heads are gone.
+    # The q, k and v projections of an attention without heads no longer exist.
     shapes = {name: list(layers[name].weight.shape) for name in sorted(ports & layers.keys())}
     return {"shapes": shapes, "scattered": scattered, "heads": heads}
 
@@ -58,7 +58,7 @@ def narrow(
 def consumer_columns(
     denoiser: nn.Module, structures: Iterable[Structure], kept: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Find the input columns that stay of each consumer, jointly over all structures that cut it.
+    """Input columns that stay of each consumer, jointly over all structures that cut it.
 
     Returns:
         Module name -> int64 (columns kept,), ascending, on the CPU.

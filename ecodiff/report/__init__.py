@@ -1,1 +1,1 @@
-"""Tables and figures of a run, made from the files that its stages left. Imports no torch."""
+"""Tables and figures of a run, made from the files that its stages wrote. Imports no torch."""

@@ -1,4 +1,4 @@
-"""What each setting of mask learning does: one table and one figure. Imports no torch."""
+"""Ablations of mask learning, one setting changed at a time: a table and a figure. No torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ecodiff.report.tables import markdown
 from ecodiff.runtime.artifacts import write_text
 from ecodiff.runtime.errors import UserError
 
-# The columns of errors: how they are headed, and how a value is shown.
+# The columns of errors: header and format.
 ERRORS = {
     "median_error": Quantity("median_error", "Median error (10⁻³)", 1e3, better="lower"),
     "latent_error": Quantity("latent_error", "Mean error", digits=".4f", better="lower"),
@@ -28,28 +28,33 @@ COLUMNS = ["model", "setting", "value", "sparsity", *ERRORS, "seconds", "common"
 
 
 def ablation_table(config: Config, run: Path) -> pd.DataFrame:
-    """A row a model, point of the sweep and sparsity.
+    """The table of a sweep, one row per model, mask and sparsity.
+
+    Args:
+        config: the run's config.
+        run: its folder, `results/<run>`.
 
     Returns:
-        model, setting, value (str; the default's is empty), sparsity (at which it is judged),
-        median_error and latent_error (relative, see `evaluate.mask_error`), seconds (of learning)
-        and common (see `analysis.common`: of the units that it and the default's mask remove, each
-        at the sparsity it was learned for).
+        model, setting, value (str; empty for the default), sparsity (at which the mask is judged),
+        median_error and latent_error (relative latent error over prompts, see
+        `evaluate.mask_error`), seconds (of learning) and common (share of removed units in common
+        with the default mask, each at the sparsity it was learned for, see `analysis.common`).
 
     Raises:
-        UserError: the config has no ablations, or a file is missing or damaged.
+        UserError: the config has no section `ablations`, or a file is missing or damaged.
     """
     if config.ablations is None:
         raise UserError(f"{run / 'config.yaml'}: ablations is null")
     rows = []
     for model in config.models:
         folder = run / model / "ablations"
-        errors = read_csv(folder / "mask_error.csv").set_index(["mask", "sparsity"])
+        errors = read_csv(folder / "mask_error.csv", ["mask", "sparsity", *ERRORS])
+        errors = errors.set_index(["mask", "sparsity"])
         points = config.ablations_of(model)
         default = _gone(folder, points[0])
         for point in points:
             shared = common(_gone(folder, point), default)
-            seconds = read_csv(folder / point.name / "history.csv")["seconds"].sum()
+            seconds = read_csv(folder / point.name / "history.csv", ["seconds"])["seconds"].sum()
             value = "" if point.setting == DEFAULT else str(point.value)
             for sparsity, found in errors.loc[point.name].iterrows():
                 both = [found[key] for key in ERRORS]
@@ -69,7 +74,7 @@ def write_ablations(table: pd.DataFrame, run: Path) -> None:
 
 
 def readable(table: pd.DataFrame) -> pd.DataFrame:
-    """One model's rows with the sparsities side by side."""
+    """One model's rows as text, one row per setting and value, sparsities side by side."""
     keys = ["setting", "value", "seconds", "common"]
     order = pd.MultiIndex.from_frame(table[keys].drop_duplicates())
     wide = table.set_index([*keys, "sparsity"])[[*ERRORS]].unstack().reindex(order)
@@ -85,7 +90,10 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw(table: pd.DataFrame) -> Figure:
-    """A panel a model, a row a point of the sweep, a marker a sparsity; lines at the default."""
+    """The figure: one panel per model, one row per setting and value, one marker per sparsity.
+
+    Dotted lines are at the default mask's errors.
+    """
     labels = [f"{s} {v}".strip().replace("_", " ") for s, v in zip(*_points(table), strict=True)]
     models, sparsities = table["model"].unique(), table["sparsity"].unique()
     shades = plt.get_cmap("viridis")
@@ -120,12 +128,12 @@ def draw(table: pd.DataFrame) -> Figure:
 
 
 def _gone(folder: Path, point: Ablation) -> np.ndarray:
-    """The units that a point's mask removes, of all structures: bool (units,)."""
+    """The units that a mask of the sweep removes, of all structures: bool (units,)."""
     kept, _ = read_mask(folder / point.name / "mask.safetensors")
     return ~np.concatenate([kept[name] for name in sorted(kept)])
 
 
 def _points(table: pd.DataFrame) -> tuple[list[str], list[str]]:
-    """Settings and values of the sweep, in its order."""
+    """Settings and values of the sweep, two lists of the same length, in its order."""
     points = table.drop_duplicates(["setting", "value"])
     return points["setting"].tolist(), points["value"].tolist()

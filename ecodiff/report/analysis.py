@@ -1,4 +1,5 @@
-"""What masks take and what it does: which parts go first, which captions suffer, what is chance."""
+"""A figure on masks: which parts lose units first, how captions of one and two objects fare, and
+how far masks of different seeds agree."""
 
 from __future__ import annotations
 
@@ -14,10 +15,10 @@ from matplotlib.figure import Figure
 
 from ecodiff.config.variants import Variant
 from ecodiff.report.results import Results
-from ecodiff.report.style import REMOVED, look, method
+from ecodiff.report.style import OBJECTS, REMOVED, look, method
 
-SHOWN = "ecodiff"  # whose masks are taken apart
-# What a structure's name ends with, and the part of the model that it belongs to; first match.
+SHOWN = "ecodiff"  # the method whose masks are shown by part
+# Pattern for the end of a structure's name -> the part of the model; the first match counts.
 PARTS = {
     r"single.*heads": "attention, single stream",
     r"attn1\.heads": "self-attention",
@@ -28,12 +29,14 @@ PARTS = {
     r"neurons": "feed-forward",
     r"modulation": "modulation",
 }
-OBJECTS = {"scene_accuracy_one": "one object", "scene_accuracy_two": "two objects"}
 
 
 def analysis(results: Results, model: str) -> Figure:
-    """Which parts go first, how captions of one and two objects fare, and, where methods were run
-    with several seeds, how much of what their masks remove is the same."""
+    """The figure, with up to three panels against sparsity.
+
+    Removed units by part of the model; scene accuracy of captions with one and two objects, where
+    captions are ShapeWorld's; agreement of masks of different seeds, where there are several.
+    """
     masks = dict.fromkeys(v.scores for v in results.of(model) if not v.is_dense)
     kept = {mask: results.kept(model, mask) for mask in masks}
     shared = overlaps(kept)
@@ -58,7 +61,11 @@ def part_of(name: str) -> str:
 
 
 def removed_of_parts(kept: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Part -> the share of its units that a mask removes, from structure name -> what stays."""
+    """Share of the units that a mask removes, by part of the model.
+
+    Args:
+        kept: structure name -> bool (units,), true for units that stay.
+    """
     units: dict[str, list[np.ndarray]] = {}
     for name, stays in kept.items():
         units.setdefault(part_of(name), []).append(stays)
@@ -66,12 +73,15 @@ def removed_of_parts(kept: Mapping[str, np.ndarray]) -> dict[str, float]:
 
 
 def overlaps(kept: Mapping[Variant, Mapping[str, np.ndarray]]) -> pd.DataFrame:
-    """How much masks of one method agree that differ by their seed alone.
+    """Agreement of the masks of one method and sparsity that differ only in their seed.
+
+    Args:
+        kept: variant -> structure name -> bool (units,), true for units that stay.
 
     Returns:
-        A row a method and percent that has several seeds: variant (the first seed's), percent,
-        overlap (mean over pairs: the share of one mask's removed units that the other removes too)
-        and chance (what masks of this size would share by accident).
+        One row per method and sparsity with several seeds: variant (of the first seed), percent,
+        overlap (mean of `common` over pairs of seeds) and chance (the expected overlap of random
+        masks of the same size).
     """
     groups: dict[tuple[str, int], list[Variant]] = {}
     for variant in kept:
@@ -87,7 +97,7 @@ def overlaps(kept: Mapping[Variant, Mapping[str, np.ndarray]]) -> pd.DataFrame:
 
 
 def common(a: np.ndarray, b: np.ndarray) -> float:
-    """The share of the smaller of two sets of units (bool) that the larger one holds as well."""
+    """|a and b| / min(|a|, |b|) of two sets of units, bool (units,); 0 if one is empty."""
     return float((a & b).sum() / max(1, min(a.sum(), b.sum())))
 
 

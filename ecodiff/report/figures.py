@@ -1,4 +1,4 @@
-"""The figures of a run: each is a function of its results and a model. Imports no torch."""
+"""The figures of a run: each is a function of its results and a model name. Imports no torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from ecodiff.config.variants import Variant
 from ecodiff.report import analysis, pictures
-from ecodiff.report.results import Results
+from ecodiff.report.results import QUARTILES, Results
 from ecodiff.report.style import COST, QUALITY, REMOVED, colour, label, look, method
 from ecodiff.runtime.artifacts import atomic
 from ecodiff.runtime.errors import UserError
@@ -35,20 +35,19 @@ plt.rcParams.update(
         "axes.grid": True,
         "grid.alpha": 0.3,
         "legend.frameon": False,
-        "pdf.fonttype": 42,  # text stays text
+        "pdf.fonttype": 42,  # TrueType: text can be selected and edited
     }
 )
-_QUARTILES = ("low", "high")
-WIDE = 50  # ratio of values from which an axis is logarithmic
-FITTING = 12  # names of a legend that fit the place of a panel
-# The dense model itself is no reference there.
+WIDE = 50  # ratio of the largest to the smallest value above which an axis is logarithmic
+FITTING = 12  # number of legend entries that fit into the place of a panel
+# Metrics that compare with the dense model, whose own value is trivial: no line is drawn for it.
 COMPARED_TO_DENSE = {"ssim", "psnr", "latent_error", "latent_error_median"}
 
 
 def quality(results: Results, model: str) -> Figure:
-    """Each quality metric against the share of parameters removed, a line a method.
+    """Each quality metric against the share of parameters removed, one line per method.
 
-    Where there are several seeds, a point is their mean and its bar their standard deviation.
+    With several seeds, points are means and bars standard deviations.
     """
     variants = results.of(model)
     found = {variant: results.quality(model, variant) for variant in variants}
@@ -57,7 +56,7 @@ def quality(results: Results, model: str) -> Figure:
     figure, axes = plt.subplots(2, 5, figsize=(18, 7))
     for axis, metric in zip(axes.flat, shown, strict=False):
         for line in _lines(variants):
-            # One that equals the dense pictures has no finite PSNR, and no place on the axis.
+            # Images equal to the dense model's have infinite PSNR, None here: no point is drawn.
             points = [(v.percent, shares[v], found[v][metric.key]) for v in line]
             points = [(p, x, metric.scale * y) for p, x, y in points if y is not None]
             seeds = pd.DataFrame(points, columns=["percent", "x", "y"]).groupby("percent")
@@ -75,7 +74,7 @@ def quality(results: Results, model: str) -> Figure:
         wide = metric.better == "lower" and max(drawn, default=1) > WIDE * min(drawn, default=1)
         if metric.key.startswith("latent_error") or (wide and metric.key != "kid"):
             decades(axis, "y")
-        elif wide:  # an unbiased estimate may be below zero
+        elif wide:  # KID is an unbiased estimate and may be negative
             axis.set_yscale("symlog", linthresh=100)
     _legend(axes.flat[0], list(axes.flat[len(shown) :]), figure)
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.12)
@@ -84,7 +83,10 @@ def quality(results: Results, model: str) -> Figure:
 
 
 def cost(results: Results, model: str) -> Figure:
-    """What each variant costs: size, work, time and memory, and the change from the dense model."""
+    """Size, operations, time and memory of each variant, and their change from the dense model.
+
+    Raises `UserError` when efficiency was not measured.
+    """
     measured = results.efficiency(model)
     if measured is None:
         raise UserError(f"report: {model} has no efficiency.json; evaluate.efficiency is null")
@@ -99,9 +101,7 @@ def cost(results: Results, model: str) -> Figure:
         axis.barh([label(v) for v in variants], values, color=[colour(v) for v in variants])
         ends = values
         if quantity.key == "latency_ms_per_image":
-            low, ends = (
-                [measured[v.name][f"latency_ms_{k}"] for v in variants] for k in _QUARTILES
-            )
+            low, ends = ([measured[v.name][key] for v in variants] for key in QUARTILES)
             axis.hlines(range(len(variants)), low, ends, color="#666666")
         texts = [quantity.show(dense[quantity.key])]
         for variant in variants[1:]:
@@ -121,7 +121,7 @@ def cost(results: Results, model: str) -> Figure:
 
 
 def learning(results: Results, model: str) -> Figure:
-    """How masks were learned and pruned models retrained."""
+    """Curves of mask learning (distortion, expected sparsity) and, if any, of retraining."""
     curves = {v: results.learning(model, v) for v in results.masks(model)}
     curves = {v: curve for v, curve in curves.items() if len(curve)}
     retrained = [v for v in results.shown(model) if v.retrain]
@@ -163,7 +163,10 @@ def learning(results: Results, model: str) -> Figure:
 
 
 def mask_cost(results: Results, model: str) -> Figure:
-    """Time and memory of a mask-learning iteration, as more steps keep their activations."""
+    """Time and memory of one iteration of mask learning against the number of denoising steps.
+
+    One line per share of steps that keep their activations; dotted: the floor of forward passes.
+    """
     table = results.mask_cost(model)
     figure, axes = plt.subplots(1, 2, figsize=(10, 4))
     looks = [
@@ -187,7 +190,7 @@ def mask_cost(results: Results, model: str) -> Figure:
     return figure
 
 
-# Figures may be asked for by these names.
+# The names of figures on the command line and in file names.
 FIGURES: dict[str, Callable[[Results, str], Figure]] = {
     "quality": quality,
     "pictures": pictures.pictures,
@@ -200,10 +203,10 @@ FIGURES: dict[str, Callable[[Results, str], Figure]] = {
 
 
 def draw(name: str, results: Results, model: str, folder: Path) -> None:
-    """Draws a figure of `FIGURES` to `<folder>/<name>-<model>.png` and `.pdf`.
+    """Draw a figure of `FIGURES` to `<folder>/<name>-<model>.png` and `.pdf`.
 
     Raises:
-        UserError: no such figure or model, or a file that it needs is missing.
+        UserError: there is no such figure or model, or a file that it needs is missing.
     """
     if name not in FIGURES:
         raise UserError(f"figure: {name!r} is not one of {', '.join(FIGURES)}")
@@ -220,14 +223,14 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def _kept(share: float) -> str:
-    """What a share of kept steps is called; names sort as the shares do."""
+    """The label of a share of steps that keep activations; labels sort in the order of shares."""
     if share == 0:
         return "all steps recomputed"
     return "all steps kept" if share == 1 else f"about {share:.0%} kept"
 
 
 def _lines(variants: Iterable[Variant]) -> list[list[Variant]]:
-    """Pruned variants by all but their sparsity, sorted by it."""
+    """Pruned variants grouped by everything but sparsity and seed, each sorted by sparsity."""
     lines: dict[str, list[Variant]] = {}
     for variant in variants:
         if not variant.is_dense:
@@ -236,12 +239,12 @@ def _lines(variants: Iterable[Variant]) -> list[list[Variant]]:
 
 
 def _at_most(count: int, values: list[int]) -> list[int]:
-    """Evenly chosen values, few enough to be readable as ticks."""
+    """At most `count` of the values, evenly chosen, so that tick labels do not overlap."""
     return values[:: -(-len(values) // count)] if values else []
 
 
 def decades(axis: Axes, which: Literal["x", "y"]) -> None:
-    """Make one axis logarithmic, with plain numbers."""
+    """Make one axis logarithmic, with tick labels such as 0.01 instead of powers of ten."""
     axis.set(**{f"{which}scale": "log"})
     ticks = axis.xaxis if which == "x" else axis.yaxis
     low, high = ticks.get_view_interval()
@@ -253,7 +256,7 @@ def decades(axis: Axes, which: Literal["x", "y"]) -> None:
 
 
 def _legend(source: Axes, free: list[Axes], figure: Figure) -> None:
-    """The legend of a panel in the first free place, or below all."""
+    """Draw the legend of one panel in the first unused panel, or below the figure."""
     for axis in free:
         axis.set_axis_off()
     handles, names = source.get_legend_handles_labels()

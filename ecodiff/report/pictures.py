@@ -1,4 +1,4 @@
-"""Figures that show pictures: what variants draw, and where units were removed."""
+"""Figures drawn as pictures: the images of variants, and a map of the units that were removed."""
 
 from __future__ import annotations
 
@@ -12,21 +12,30 @@ from matplotlib.figure import Figure
 from ecodiff.config.variants import Variant
 from ecodiff.report.results import Results
 from ecodiff.report.style import colour, label, method
+from ecodiff.runtime.errors import UserError
 
 KINDS = {
     "heads": "Attention heads",
     "neurons": "FFN neurons",
     "modulation": "Modulation channels",
 }
-GAP = 6  # white pixels between pictures
-MAX_TICKS = 45  # names of structures that fit below a panel
+GAP = 6  # white pixels between images
+MAX_TICKS = 45  # number of structure names that fit below a panel
 ORDER = ("down", "transformer_blocks", "mid", "single", "up")  # of blocks in a forward pass
 
 
 def pictures(results: Results, model: str) -> Figure:
-    """The first prompts' pictures: rows prompts, columns the dense model and each variant."""
+    """The images of the first prompts: one row per prompt, one column per variant."""
     variants, chosen = results.shown(model), results.captions().iloc[: results.examples]
     cells = [[results.picture(model, v, index) for v in variants] for index in chosen.index]
+    odd = [
+        f"prompt {index}, {variant.name}: {picture.shape}"
+        for index, line in zip(chosen.index, cells, strict=True)
+        for variant, picture in zip(variants, line, strict=True)
+        if picture.shape != cells[0][0].shape
+    ]
+    if odd:
+        raise UserError(f"report: pictures of {model} differ in size: {odd[0]}")
     height, width = (side + GAP for side in cells[0][0].shape[:2])
     mosaic = np.full((height * len(chosen), width * len(variants), 3), 255, dtype=np.uint8)
     for row, pictures_of_prompt in enumerate(cells):
@@ -40,7 +49,9 @@ def pictures(results: Results, model: str) -> Figure:
     axis.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
     columns, rows = (np.arange(len(of)) for of in (variants, chosen))
     captions = ["\n".join(textwrap.wrap(caption, 28)[:4]) for caption in chosen]
-    axis.set_yticks((rows + 0.5) * height - GAP / 2, captions, fontsize=8.5)
+    # A dollar sign in a caption begins no formula.
+    places = (rows + 0.5) * height - GAP / 2
+    axis.set_yticks(places, captions, fontsize=8.5, parse_math=False)
     axis.set_xticks((columns + 0.5) * width - GAP / 2, map(_header, variants), fontsize=8.5)
     for text, variant in zip(axis.get_xticklabels(), variants, strict=True):
         text.set(color=colour(variant), fontweight="bold")
@@ -55,7 +66,7 @@ def _header(variant: Variant) -> str:
 
 
 def removed(results: Results, model: str) -> Figure:
-    """Which share of each structure's units went: a panel a kind, a row a mask."""
+    """The share of units removed from each structure: one panel per kind, one row per mask."""
     masks = results.masks(model)
     found = {mask: results.removed(model, mask) for mask in masks}
     names = sorted(next(iter(found.values())), key=_depth)
@@ -81,7 +92,7 @@ def removed(results: Results, model: str) -> Figure:
 
 
 def _depth(name: str) -> tuple[int, list[tuple[bool, str | int]]]:
-    """Sorts names by their place in the denoiser, numbers as numbers."""
+    """Sort key: a structure's place in the forward pass, with numbers compared as numbers."""
     block = next((i for i, part in enumerate(ORDER) if name.startswith(part)), len(ORDER))
     parts = re.split(r"[.]", name)
     return block, [(part.isdigit(), int(part) if part.isdigit() else part) for part in parts]

@@ -1,4 +1,4 @@
-"""Methods ranked at each sparsity, over the seeds they were run with. Imports no torch."""
+"""Methods ranked at each sparsity, by their means over seeds. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from ecodiff.report.tables import markdown
 from ecodiff.runtime.artifacts import write_text
 
 BY = "latent_error"
-# What the overview shows, sparsities side by side; the rest is in the tables of each sparsity.
+# Metrics of the overview, which shows sparsities side by side; all others are in the tables below.
 OVERVIEW = {"latent_error", "latent_error_median", "scene_accuracy", "fid"}
 KEYS = ["model", "target_sparsity", "method"]
 
 
 def ranking(table: pd.DataFrame) -> pd.DataFrame:
-    """Mean and standard deviation of each quality metric over seeds, best latent error first.
+    """Mean and standard deviation of each quality metric over seeds, ranked by latent error.
 
     Args:
-        table: of `tables.main_table`.
+        table: as `tables.main_table` returns it.
 
     Returns:
-        A row a model, target_sparsity and method (no dense ones): rank (1 is best), seeds (how
-        many), and for each metric its mean and, as `<metric>_std`, the deviation of the sample;
-        NaN for one seed.
+        One row per model, target_sparsity and method, without the dense model: rank (1 is the
+        lowest mean latent error), seeds (their number), and for each metric its mean and, as
+        `<metric>_std`, the sample standard deviation, NaN with one seed.
     """
     groups = table[table["target_sparsity"] > 0].groupby(KEYS, sort=False)
     found = groups.size().rename("seeds").to_frame()
@@ -39,7 +39,13 @@ def ranking(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def write_ranking(table: pd.DataFrame, folder: Path, notes: str = "") -> None:
-    """Write `ranking.csv` and `ranking.md` of a main table to a folder, with notes at the end."""
+    """Write the ranking of a main table as `ranking.csv` and `ranking.md`.
+
+    Args:
+        table: as `tables.main_table` returns it.
+        folder: where to write.
+        notes: text for the end of `ranking.md`.
+    """
     ranked = ranking(table)
     write_text(folder / "ranking.csv", ranked.to_csv(index=False))
     parts = []
@@ -54,9 +60,9 @@ def write_ranking(table: pd.DataFrame, folder: Path, notes: str = "") -> None:
 
 
 def side_by_side(ranked: pd.DataFrame, metric: Quantity) -> pd.DataFrame:
-    """One model's mean and deviation of a metric as text: a row a method, a column a sparsity.
+    """One model's values of a metric as text: one row per method, one column per sparsity.
 
-    Methods are in the order of their mean rank over sparsities; the best of a column is bold.
+    Methods are sorted by their mean rank over sparsities; the best value of a column is bold.
     """
     order = ranked.groupby("method")["rank"].mean().sort_values(kind="stable").index
     shown = pd.DataFrame({"Method": order})
@@ -72,7 +78,7 @@ def side_by_side(ranked: pd.DataFrame, metric: Quantity) -> pd.DataFrame:
 
 
 def readable(ranked: pd.DataFrame) -> pd.DataFrame:
-    """Rows as text: mean, and deviation where there are several seeds."""
+    """The ranking as text: means, with ± standard deviation where there are several seeds."""
     shown = ranked[["rank", "method"]].rename(columns=str.capitalize)
     for metric in QUALITY:
         if ranked[metric.key].notna().any():
@@ -81,7 +87,7 @@ def readable(ranked: pd.DataFrame) -> pd.DataFrame:
 
 
 def _texts(ranked: pd.DataFrame, metric: Quantity) -> list[str]:
-    """Each row's mean of a metric, with its deviation where there are several seeds."""
+    """Each row's mean of a metric, with ± standard deviation where there are several seeds."""
     pairs = zip(ranked[metric.key], ranked[f"{metric.key}_std"], strict=True)
     return [
         metric.show(mean) if pd.isna(std) else f"{metric.show(mean)} ± {metric.show(std)}"

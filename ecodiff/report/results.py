@@ -1,32 +1,40 @@
-"""Reads a run's folder: the one place of the report that knows where stages leave what."""
+"""Reads a run's folder: the only file of the report that knows where stages write what."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 from ecodiff.config.variants import Variant
+from ecodiff.models.identity import read_origin
+from ecodiff.prompts import read_prompts
+from ecodiff.report.style import COST, OBJECTS, QUALITY
 from ecodiff.runtime.errors import UserError
+from ecodiff.runtime.pictures import read_picture
+from ecodiff.runtime.reading import read_text
 
-SIDE = 256  # pixels; more than a cell of the picture grid shows
+QUARTILES = ("latency_ms_low", "latency_ms_high")
+SIDE = 256  # pixels; images are made smaller than this, which is enough for the grid of images
 
 
 @dataclass(frozen=True)
 class Results:
-    """What a run found.
+    """The results of a run. Methods raise `UserError` when a file is missing or damaged.
 
     Attributes:
         folder: `results/<run>`.
         variants: model -> names of its variants, in the order in which they are shown.
         prompts: table of the evaluation prompts (parquet).
+        shard_size: how many of them a shard of pictures holds.
         examples: how many of them the picture grid shows.
         percents: of the variants in figures that have a row or column a variant; None: all.
     """
@@ -34,18 +42,19 @@ class Results:
     folder: Path
     variants: Mapping[str, Sequence[str]]
     prompts: Path
+    shard_size: int
     examples: int = 8
     percents: frozenset[int] | None = None
 
     def of(self, model: str) -> list[Variant]:
-        """The variants of a model."""
+        """All variants of a model. Raises `UserError` when there is no such model."""
         if model not in self.variants:
             raise UserError(f"report: no model {model!r}; there are {', '.join(self.variants)}")
         return [Variant.parse(name) for name in self.variants[model]]
 
     def shown(self, model: str) -> list[Variant]:
-        """The variants of a model that are shown one by one: the dense one, and those of the first
-        seed and of the chosen sparsities."""
+        """The variants in figures with one row or column per variant: the dense one, and those of
+        the first seed and the sparsities `percents`."""
         found = self.of(model)
         first = min((v.seed for v in found if v.seed is not None), default=None)
         return [
@@ -59,98 +68,171 @@ class Results:
         ]
 
     def masks(self, model: str) -> list[Variant]:
-        """The masks among the variants that are shown, each as the variant that is no more."""
+        """The masks of the variants in `shown`, each once, as the variant without compensation and
+        retraining."""
         pruned = [variant for variant in self.shown(model) if not variant.is_dense]
         return list(dict.fromkeys(variant.scores for variant in pruned))
 
     def quality(self, model: str, variant: Variant) -> dict[str, Any]:
         """What `evaluate quality` found."""
-        return self._found(model, "quality.json")[variant.name]
+        keys = [*(one.key for one in QUALITY), *OBJECTS]
+        found = self._found(model, "quality.json", keys)
+        # What is no number is so for all: no real images, or captions that nothing checks. But
+        # pictures that are identical have no finite PSNR.
+        for key in (key for key in keys if key != "psnr"):
+            lacking = [name for name in self.variants[model] if found[name][key] is None]
+            if 0 < len(lacking) < len(self.variants[model]):
+                path = self.folder / model / "quality.json"
+                raise UserError(f"{path}: {lacking[0]} has no {key}, others have; evaluate again")
+        return found[variant.name]
 
     def efficiency(self, model: str) -> dict[str, dict[str, Any]] | None:
-        """What `evaluate efficiency` found for each variant; None when it was not measured."""
+        """Variant name -> quantity -> value, from `efficiency.json`; None if not measured."""
         if not (self.folder / model / "efficiency.json").exists():
             return None
-        return self._found(model, "efficiency.json")
+        keys = [*(one.key for one in COST), *QUARTILES, "device"]
+        return self._found(model, "efficiency.json", keys)
 
     def mask_cost(self, model: str) -> pd.DataFrame:
         """What `evaluate mask-cost` found."""
-        return read_csv(self.folder / model / "mask_cost.csv")
+        columns = ["steps", "kept", "seconds", "floor_seconds", "peak_memory_mb"]
+        return read_csv(self.folder / model / "mask_cost.csv", columns)
 
     def sparsity(self, model: str, variant: Variant) -> float:
         """The exact share of the denoiser's parameters that a variant's mask removes."""
         if variant.is_dense:
             return 0.0
-        return json.loads(self._mask(model, variant)[1]["ecodiff"])["sparsity"]
+        path = self._mask(model, variant)
+        found = read_mask(path)[1].get("sparsity")
+        if not _is_number(found):
+            raise UserError(f"{path}: its sparsity is {found!r}, not a number")
+        return found
 
     def removed(self, model: str, variant: Variant) -> dict[str, float]:
         """Structure name -> the share of its units that a variant's mask removes."""
-        kept, _ = self._mask(model, variant)
+        kept = self.kept(model, variant)
         return {name: 1 - float(stays.mean()) for name, stays in kept.items()}
 
     def kept(self, model: str, variant: Variant) -> dict[str, np.ndarray]:
         """Structure name -> bool (units,), what a variant's mask keeps."""
-        return self._mask(model, variant)[0]
+        return read_mask(self._mask(model, variant))[0]
 
     def learning(self, model: str, variant: Variant) -> pd.DataFrame:
-        """How the mask of a variant was learned; no rows when it wasn't, or with another one."""
+        """The history of learning a variant's mask; no rows if the method does not learn, or if the
+        scores are those of another sparsity's mask."""
         path = self.folder / model / "masks" / variant.mask / "history.csv"
-        return read_csv(path) if path.exists() else pd.DataFrame(columns=["iteration"])
+        columns = ["iteration", "distortion", "expected_sparsity"]
+        return read_csv(path, columns) if path.exists() else pd.DataFrame(columns=columns)
 
     def retraining(self, model: str, variant: Variant) -> pd.DataFrame:
         """How a variant was retrained."""
-        return read_csv(self.folder / model / variant.name / "model" / "history.csv")
+        path = self.folder / model / variant.name / "model" / "history.csv"
+        return read_csv(path, ["step", "loss"])
+
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """The table of the evaluation prompts, in the order of their index."""
+        return read_prompts(self.prompts)
 
     def captions(self) -> pd.Series:
         """The evaluation prompts by their index."""
-        return pd.read_parquet(self.prompts).set_index("index")["prompt"]
+        return self.table.set_index("index")["prompt"]
 
     def picture(self, model: str, variant: Variant, index: int) -> np.ndarray:
-        """The picture of a prompt, made smaller than `SIDE`: uint8 (height, width, 3)."""
-        folder = self.folder / model / variant.name / "images"
-        found = list(folder.glob(f"*/{index:05d}.png"))
-        if not found:
-            raise UserError(f"report: {folder} has no picture of prompt {index}")
-        image = Image.open(found[0]).convert("RGB")
+        """The picture of a prompt, made smaller than `SIDE`: uint8 (height, width, 3).
+
+        It lies in the shard where the run's shard size puts it. Raises `UserError` when it is
+        missing or damaged, or was drawn of another prompt, call or dense model.
+        """
+        table = self.table
+        row = table["index"].tolist().index(index)
+        shard, dense = (
+            self.folder / model / name / "images" / str(row // self.shard_size)
+            for name in (variant.name, Variant().name)
+        )
+        (indices, origin), (_, of_dense) = read_origin(shard), read_origin(dense)
+        odd = origin.odd_to(of_dense)
+        if odd:
+            raise UserError(f"{shard}: does not belong to {dense}: {odd}")
+        wanted = (table["prompt"][row], int(table["seed"][row]))
+        drawn = dict(zip(indices, zip(origin.prompts, origin.seeds, strict=True), strict=True))
+        if drawn.get(index) != wanted:
+            raise UserError(
+                f"{shard}: prompt {index} is {drawn.get(index)}, but {wanted} in {self.prompts};"
+                " generate again"
+            )
+        image = read_picture(shard / f"{index:05d}.png")
         image.thumbnail((SIDE, SIDE))
         return np.asarray(image)
 
-    def _found(self, model: str, file: str) -> dict[str, dict[str, Any]]:
-        """What was found for each variant of a model."""
+    def _found(self, model: str, file: str, keys: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """What was found for each variant of a model: for each key a number, a text or None."""
         path = self.folder / model / file
         found = _json(path)
-        missing = [name for name in self.variants[model] if name not in found]
-        if missing:
-            raise UserError(f"{path}: has no variant {missing[0]}; evaluate again")
+        for name in self.variants[model]:
+            one = found.get(name)
+            if not isinstance(one, dict):
+                raise UserError(f"{path}: has no variant {name}; evaluate again")
+            missing = [key for key in keys if key not in one]
+            if missing:
+                raise UserError(f"{path}: {name} has no {missing[0]}; evaluate again")
+            odd = [key for key in keys if not _fits(key, one[key])]
+            if odd:
+                raise UserError(f"{path}: {odd[0]} of {name} is {one[odd[0]]!r}; evaluate again")
         return found
 
-    def _mask(self, model: str, variant: Variant) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    def _mask(self, model: str, variant: Variant) -> Path:
+        """The mask that was cut out of a variant's model."""
         cut = next(v.pruned for v in self.of(model) if v.mask == variant.mask)
-        return read_mask(self.folder / model / cut.name / "model/mask.safetensors")
+        return self.folder / model / cut.name / "model/mask.safetensors"
 
 
-def read_mask(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """What a mask keeps, structure name -> bool (units,), and its file's metadata; `UserError` when
-    it is missing or damaged."""
+def read_mask(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """What a mask keeps, structure name -> bool (units,), and what it says of itself; `UserError`
+    when it is missing or damaged."""
     try:
         with safe_open(path, framework="np") as file:
             kept = [key for key in file.keys() if key.startswith("kept/")]  # noqa: SIM118
             found = {key.removeprefix("kept/"): file.get_tensor(key) for key in kept}
-            return found, file.metadata()
-    except (OSError, SafetensorError) as error:
+            return found, json.loads(file.metadata()["ecodiff"])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
+
+
+def read_csv(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+    """A table that a stage left; `UserError` when it is missing, damaged or lacks a column."""
+    try:
+        table = pd.read_csv(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    missing = [column for column in columns if column not in table]
+    if missing:
+        raise UserError(f"{path}: has no column {missing[0]}; run the stage that made it again")
+    return table
 
 
 def _json(path: Path) -> dict[str, Any]:
+    """A mapping; NaN and infinity are no JSON."""
+
+    def refuse(word: str) -> None:
+        raise ValueError(f"{word} is no JSON")
+
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        found = json.loads(read_text(path), parse_constant=refuse)
+    except ValueError as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: is not a mapping of variants")
+    return found
 
 
-def read_csv(path: Path) -> pd.DataFrame:
-    """A table that a stage left; `UserError` when it is missing or damaged."""
-    try:
-        return pd.read_csv(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
+def _fits(key: str, value: Any) -> bool:
+    """Whether a value is of the kind that a stage writes under a key."""
+    if key == "device":
+        return isinstance(value, str)
+    may_lack = key in OBJECTS or key in {one.key for one in QUALITY}
+    return (value is None and may_lack) or _is_number(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,4 +1,4 @@
-"""How methods and quantities look and are called, the same in every table and figure."""
+"""Names, units and looks of methods and quantities, the same in all tables and figures."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def colour(variant: Variant) -> str:
 
 
 def look(variant: Variant) -> dict[str, Any]:
-    """How the line of a variant's method is drawn, as matplotlib's arguments."""
+    """The style of a method's line: keyword arguments for matplotlib's `plot`."""
     found = {"color": colour(variant), "marker": MARKERS[variant.retrain], "markersize": 6}
     if variant.retrain:
         return found | {"linestyle": ":", "markersize": 9, "markeredgecolor": "black"}
@@ -29,29 +29,29 @@ def look(variant: Variant) -> dict[str, Any]:
 
 
 def method(variant: Variant) -> str:
-    """What a variant's method is called, such as "EcoDiff + least squares"."""
+    """The name of a variant's method, such as "EcoDiff + least squares"."""
     compensated = " + least squares" if variant.compensation else ""
     title = "Dense" if variant.is_dense else METHODS[variant.method].title
     return title + compensated + RETRAINED[variant.retrain]
 
 
 def label(variant: Variant) -> str:
-    """What a variant is called, such as "EcoDiff + least squares, 20 %"."""
+    """The name of a variant, such as "EcoDiff + least squares, 20 %"."""
     seed = "" if variant.seed is None else f", seed {variant.seed}"
     return method(variant) if variant.is_dense else f"{method(variant)}, {variant.percent} %{seed}"
 
 
 @dataclass(frozen=True)
 class Quantity:
-    """A measured quantity, as files hold it and as people read it.
+    """A measured quantity: its column in files, and how tables and figures show it.
 
     Attributes:
         key: its column in main.csv.
-        name: its name with its unit.
-        scale: what a value is multiplied with to be of that unit.
-        digits: how it is printed.
+        name: its name with the unit that is shown.
+        scale: factor from the value in files to that unit.
+        digits: format specification, such as `.2f`.
         better: "higher", "lower" or None.
-        short: its name where there is little room, unit included.
+        short: a short name with unit, for the terminal.
     """
 
     key: str
@@ -63,11 +63,11 @@ class Quantity:
 
     @property
     def title(self) -> str:
-        """The name with an arrow to the better side."""
+        """The name with an arrow, ↑ if higher is better, ↓ if lower is."""
         return self.name + {"higher": " ↑", "lower": " ↓", None: ""}[self.better]
 
     def show(self, value: float | None) -> str:
-        """A value of the files as text; a missing one is a dash, an infinite one ∞."""
+        """A value from files as text in the shown unit; missing is "-", infinite "∞"."""
         if value is None or math.isnan(value):
             return "-"
         return "∞" if math.isinf(value) else format(value * self.scale, self.digits)
@@ -92,6 +92,8 @@ QUALITY = (
         short="median 10⁻³",
     ),
 )
+# The checker's verdict on captions of each kind, beside that on all.
+OBJECTS = {"scene_accuracy_one": "one object", "scene_accuracy_two": "two objects"}
 COST = (
     Quantity("parameters", "Parameters (M)", 1e-6),
     Quantity("denoiser_parameters", "Denoiser parameters (M)", 1e-6, short="params M"),

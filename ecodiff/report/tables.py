@@ -1,8 +1,9 @@
-"""The main table: one row a variant, with all that was measured of it."""
+"""The main table: one row per variant, with everything that was measured."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -14,22 +15,24 @@ from ecodiff.config.sections import EvaluateSettings
 from ecodiff.report.results import Results
 from ecodiff.report.style import COST, EXACT, QUALITY, TARGET, Quantity, method
 from ecodiff.runtime.artifacts import write_text
-from ecodiff.runtime.errors import UserError
+from ecodiff.runtime.errors import UserError, first_line
+from ecodiff.runtime.reading import read_text
 
 SIZE, WORK = COST[:3], COST[3:]
 COLUMNS = (TARGET, EXACT, *SIZE, *QUALITY, *WORK)
-SHORT = [one for one in QUALITY if one.key not in ("kid", "cmmd")]  # what FID says too
+SHORT = [one for one in QUALITY if one.key not in ("kid", "cmmd")]  # both measure the same as FID
 CONSOLE = (TARGET, EXACT, COST[1], *SHORT, COST[3])  # what fits a terminal's width
-WIDTH = 120  # of the printed table, where output is no terminal or a narrower one
+WIDTH = 120  # characters of the printed table at least, also without a terminal or in a narrow one
 
 
 def main_table(results: Results) -> pd.DataFrame:
-    """The main table, values as the stages wrote them.
+    """The main table, one row per model and variant, values as the stages wrote them.
 
     Returns:
         model, variant, method (str); target_sparsity and sparsity (shares of the denoiser's
-        parameters; exact by the parameters counted, else by the mask) and the `QUALITY` and `COST`
-        columns of `style`. What was not measured is NaN; PSNR of identical pictures is infinite.
+        parameters, 0 to 1; the latter is counted on the pruned model where efficiency was measured,
+        otherwise the mask's exact sparsity) and the `QUALITY` and `COST` columns of `style`. What
+        was not measured is NaN; PSNR of identical images is infinite.
 
     Raises:
         UserError: a file is missing or damaged.
@@ -62,7 +65,7 @@ def main_table(results: Results) -> pd.DataFrame:
 
 
 def how_measured(settings: EvaluateSettings) -> str:
-    """A paragraph for below a table: each metric's library and settings."""
+    """A paragraph for below a table: the library and settings of each metric."""
     clip = f"open_clip's {settings.clip_model}"
     clip += f" ({settings.clip_pretrained})" if settings.clip_pretrained else ""
     features = "Inception's 2,048 pool features" if settings.features == "inception" else clip
@@ -78,24 +81,24 @@ def how_measured(settings: EvaluateSettings) -> str:
 def write_tables(
     table: pd.DataFrame, folder: Path, published: Path | None = None, notes: str = ""
 ) -> None:
-    """Writes `main.csv` (raw values), `main.md` and `main.tex` (units, rounded).
+    """Write `main.csv` (raw values), `main.md` and `main.tex` (rounded, with units).
 
     Args:
-        table: of `main_table`.
-        folder: where to.
-        notes: a paragraph below ours in `main.md`.
-        published: csv of published results, shown below ours in `main.md`.
+        table: as `main_table` returns it.
+        folder: where to write.
+        published: csv file of published results, shown below our table in `main.md`.
+        notes: a paragraph below our table in `main.md`.
 
     Raises:
-        UserError: there is no such csv.
+        UserError: the file of published results cannot be read.
     """
     shown = readable(table, _measured(table, COLUMNS))
     text = f"# Results\n\n{markdown(shown)}\n{notes}"
     if published is not None:
         try:
-            theirs = pd.read_csv(published, dtype=str).fillna("-")
-        except (OSError, ValueError) as error:
-            raise UserError(f"report.published: {published} cannot be read: {error}") from error
+            theirs = pd.read_csv(StringIO(read_text(published)), dtype=str).fillna("-")
+        except ValueError as error:
+            raise UserError(f"report.published: {published}: {first_line(error)}") from None
         text += f"\n# Published results, for comparison\n\n{markdown(theirs)}"
     write_text(folder / "main.csv", table.to_csv(index=False))
     write_text(folder / "main.md", text)
@@ -103,7 +106,7 @@ def write_tables(
 
 
 def readable(table: pd.DataFrame, columns: Sequence[Quantity]) -> pd.DataFrame:
-    """Model, method and the given columns as text, under headers with units."""
+    """Model, method and the given quantities as text, with units in the headers."""
     shown = table[["model", "method"]].rename(columns=str.capitalize)
     for column in columns:
         shown[column.title] = [column.show(value) for value in table[column.key]]
@@ -111,7 +114,7 @@ def readable(table: pd.DataFrame, columns: Sequence[Quantity]) -> pd.DataFrame:
 
 
 def print_table(table: pd.DataFrame, console: Console | None = None) -> None:
-    """Prints the main table's most telling columns, a block a model."""
+    """Print the columns of the main table that fit a terminal, one block per model."""
     console = console or Console(width=max(Console().width, WIDTH))
     columns = _measured(table, CONSOLE)
     for model, rows in table.groupby("model", sort=False):
@@ -129,13 +132,18 @@ def _measured(table: pd.DataFrame, columns: Sequence[Quantity]) -> list[Quantity
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """A table of text as GitHub shows it."""
+    """A table of text in GitHub's Markdown."""
     lines = [table.columns, ["---"] * table.shape[1], *table.itertuples(index=False)]
-    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+    return "".join(f"| {' | '.join(map(_cell, line))} |\n" for line in lines)
+
+
+def _cell(value: object) -> str:
+    """A cell's text; a bar would end it, and a new line the table."""
+    return " ".join(str(value).split()).replace("|", "\\|")
 
 
 def _latex(table: pd.DataFrame) -> str:
-    """A booktabs table; arrows and powers as LaTeX has them."""
+    """A LaTeX table (booktabs), with arrows and powers as LaTeX commands."""
     text = table.to_latex(index=False, escape=True, column_format="ll" + "r" * (table.shape[1] - 2))
     signs = {
         "↑": r"$\uparrow$",

@@ -1,4 +1,4 @@
-"""Retrain a pruned denoiser on the dense model's latents, by LoRA or in full."""
+"""Retrain a pruned denoiser on the dense model's latents, by LoRA or full fine-tuning."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from ecodiff.calibrate import Calibration
 from ecodiff.config.sections import RetrainSettings
+from ecodiff.models.pipelines import check_dense
 from ecodiff.models.saving import dense_structures
 from ecodiff.models.structures import denoiser_of
 from ecodiff.runtime.errors import UserError
@@ -26,34 +27,41 @@ def retrain(
     pipe: DiffusionPipeline,
     calibration: Calibration,
     settings: RetrainSettings,
-    teacher: nn.Module | None = None,
+    teacher: DiffusionPipeline | None = None,
 ) -> pd.DataFrame:
     """Train the denoiser in place on the model's own training loss (EcoDiff, "retraining").
 
-    The data are the final latents that the dense model reached, with their embeddings. The loss is
-    the mean squared error of the prediction (noise, v or flow), plus `settings.distillation` times
-    that to the dense denoiser's prediction.
+        loss = mse(prediction, target) + distillation * mse(prediction, dense prediction)
+
+    on noised final latents of the dense model; prediction and target are noise, v or flow, as the
+    scheduler says.
 
     Args:
         pipe: the pruned pipeline; its denoiser keeps class, shapes, dtype and device.
-        calibration: embeddings and z0 of the dense model.
+        calibration: embeddings and z0 of the dense model that it was pruned from.
         settings: the section `retrain.lora` or `retrain.full`.
-        teacher: the dense denoiser on the same device; needed for distillation.
+        teacher: that dense model, on the same device; needed for distillation.
 
     Returns:
-        A row a step: step, loss, distillation (not weighted), seconds.
+        One row per step: step, loss, distillation (without its weight), seconds since the start.
 
     Raises:
-        UserError: distillation without a teacher, a scheduler that isn't supported, or a loss that
-            is not finite; with LoRA the denoiser is then as it was.
+        UserError: distillation without a teacher, a calibration or teacher of another model, a
+            batch larger than the calibration, a rank above the layers' widths, a scheduler that
+            isn't supported, or a loss that is not finite; with LoRA the denoiser is then as it was.
     """
     if settings.distillation and teacher is None:
         raise UserError("retrain: distillation needs the dense model")
+    if teacher is not None:
+        check_dense(pipe, teacher)
+    calibration, count = calibration.for_pruned(pipe), len(calibration.prompts)
+    if settings.batch > count:
+        raise UserError(f"retrain: batch: {settings.batch}, but {calibration.file} has {count}")
     denoiser = denoiser_of(pipe)
     generator = torch.Generator().manual_seed(settings.seed)
     history, start = [], time.perf_counter()
     with _trainable(denoiser, settings) as parameters:
-        # No decay: what isn't learned should stay what the dense model knew.
+        # No weight decay: it would pull the dense model's weights towards zero.
         optimiser = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=0.0)
         for step in track(range(settings.steps), description=f"retrain ({settings.kind})"):
             losses = _losses(pipe, calibration, settings, teacher, generator)
@@ -73,10 +81,10 @@ def _losses(
     pipe: DiffusionPipeline,
     calibration: Calibration,
     settings: RetrainSettings,
-    teacher: nn.Module | None,
+    teacher: DiffusionPipeline | None,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Return the training loss and the distance to the teacher on a random batch."""
+    """The training loss and the squared distance to the teacher on a random batch, scalars."""
     denoiser = denoiser_of(pipe)
     rows = torch.randperm(len(calibration.prompts), generator=generator)[: settings.batch]
     embeds, start, z0 = calibration.batch(rows, denoiser.device)
@@ -91,13 +99,13 @@ def _losses(
     if not settings.distillation:
         return loss, torch.zeros_like(loss)
     with torch.no_grad():
-        wanted = prepared.predict(teacher, noised, timesteps).float()
+        wanted = prepared.predict(denoiser_of(teacher), noised, timesteps).float()
     return loss, functional.mse_loss(predicted, wanted)
 
 
 @contextmanager
 def _trainable(denoiser: nn.Module, settings: RetrainSettings) -> Iterator[list[nn.Parameter]]:
-    """Yield the parameters to train; afterwards the denoiser is of the same make as before."""
+    """Yield the parameters to train; then restore `requires_grad` and drop gradients."""
     wanted = {name: p.requires_grad for name, p in denoiser.named_parameters()}
     kind = _lora if settings.kind == "lora" else _full
     try:
@@ -111,7 +119,7 @@ def _trainable(denoiser: nn.Module, settings: RetrainSettings) -> Iterator[list[
 
 @contextmanager
 def _lora(denoiser: nn.Module, settings: RetrainSettings) -> Iterator[list[nn.Parameter]]:
-    """Adapters on attention and feed-forward linears, merged unless training failed."""
+    """LoRA on attention and feed-forward linears: merged at the end, removed after an error."""
     targets = {
         port.module
         for structure in dense_structures(denoiser)
@@ -119,8 +127,11 @@ def _lora(denoiser: nn.Module, settings: RetrainSettings) -> Iterator[list[nn.Pa
         for port in (*structure.producers, *structure.consumers)
     }
     present = dict(denoiser.named_modules())
-    # Attention without heads has lost its linears, others may have no rows or columns left.
+    # An attention without heads has lost its linears, and others may be empty (0 rows or columns).
     targets = sorted(t for t in targets if t in present and present[t].weight.numel())
+    widest = max((min(present[t].weight.shape[:2]) for t in targets), default=0)
+    if settings.rank > widest:
+        raise UserError(f"retrain: rank: {settings.rank} is above the widest layer's {widest}")
     config = LoraConfig(r=settings.rank, lora_alpha=settings.rank, target_modules=targets)
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
@@ -135,7 +146,7 @@ def _lora(denoiser: nn.Module, settings: RetrainSettings) -> Iterator[list[nn.Pa
 
 @contextmanager
 def _full(denoiser: nn.Module, settings: RetrainSettings) -> Iterator[list[nn.Parameter]]:
-    """All weights, in float32: steps of a small lr vanish in half precision."""
+    """All weights, in float32: small updates would be lost to rounding in half precision."""
     dtype = denoiser.dtype
     if dtype != torch.float32:
         denoiser.to(torch.float32)

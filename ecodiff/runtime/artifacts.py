@@ -200,8 +200,8 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, data: Any) -> None:
-    """Writes indented JSON, whole or not at all."""
-    write_text(path, json.dumps(data, indent=2, default=str) + "\n")
+    """Writes indented JSON, whole or not at all; ValueError where a number is not finite."""
+    write_text(path, json.dumps(data, indent=2, default=str, allow_nan=False) + "\n")
 
 
 def write_manifest(output: str | Path, stage: str, settings: Mapping[str, Any]) -> None:

@@ -42,7 +42,8 @@ def git_commit() -> str | None:
 def code_hash(stage: str) -> str:
     """A hash of the package's modules that a stage imports, directly or not.
 
-    Comments and formatting don't count, so that only changes that can change a result do.
+    Comments, docstrings and formatting don't count, so that only changes that can change a result
+    do.
 
     Args:
         stage: a module or subpackage of `ecodiff`, such as "mask" or "evaluate.quality".
@@ -53,8 +54,20 @@ def code_hash(stage: str) -> str:
     digest = hashlib.sha256()
     for path in sorted(_sources(stage)):
         digest.update(path.relative_to(PACKAGE).as_posix().encode())
-        digest.update(ast.dump(ast.parse(path.read_text())).encode())
+        digest.update(ast.dump(_without_words(ast.parse(path.read_text()))).encode())
     return digest.hexdigest()[:12]
+
+
+def _without_words(tree: ast.Module) -> ast.Module:
+    """A module without its docstrings, those of attributes included."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            node.body = [
+                one
+                for one in node.body
+                if not (isinstance(one, ast.Expr) and isinstance(one.value, ast.Constant))
+            ]
+    return tree
 
 
 def _sources(stage: str) -> set[Path]:

@@ -5,18 +5,22 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import logging
+import os
+import re
 import tempfile
 import time
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import TextIO
 
 import psutil
 import torch
 
+from ecodiff.runtime.errors import UserError
+
 log = logging.getLogger(__name__)
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc, malloc.h
-_leases: list[TextIO] = []  # a lease lasts as long as its process
+_leases: list[int] = []  # open files; a lease lasts as long as its process
 
 
 @cache
@@ -25,14 +29,18 @@ def choose_device(wanted: str = "auto") -> str:
 
     Snakemake only counts GPUs and a SLURM job sees only its own, so the choice between the
     visible ones is made here, by a lock on a file, once a process. Waits until one is free.
+
+    Raises:
+        UserError: there is no such device.
     """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if wanted != "auto":
-        return wanted
-    if not torch.cuda.is_available():
+        return _present(wanted, count)
+    if not count:
         return "cpu"
     waiting = False
     while True:
-        for index in range(torch.cuda.device_count()):
+        for index in range(count):
             if _lease(str(torch.cuda.get_device_properties(index).uuid)):
                 return f"cuda:{index}"
         if not waiting:
@@ -62,14 +70,40 @@ def keep_freed_memory() -> None:
     mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def _present(wanted: str, count: int) -> str:
+    """A device as it was asked for, unless there is no such one among so many GPUs."""
+    allowed = ["auto", "cpu", *(["cuda"] if count else []), *(f"cuda:{i}" for i in range(count))]
+    if wanted in allowed:
+        return wanted
+    gpus = "sees no GPU" if not count else f"sees {count} GPU{'s' if count > 1 else ''}"
+    why = f", and torch {gpus}" if re.fullmatch(r"cuda(:\d+)?", wanted) else ""
+    raise UserError(f"device: {wanted} is not one of {', '.join(allowed)}{why}")
+
+
 def _lease(name: str, folder: Path | None = None) -> bool:
-    """Whether this process now holds the lock of a name."""
+    """Whether this process now holds the lock of a name, which all users of a machine share."""
     path = (folder or Path(tempfile.gettempdir())) / f"ecodiff-{name}.lock"
-    file = path.open("a")
+    try:
+        file = _opened(path)
+    except PermissionError as error:
+        raise UserError(f"{path}: is another user's and can't be read; remove it") from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        file.close()
+        os.close(file)
         return False
     _leases.append(file)
     return True
+
+
+def _opened(path: Path) -> int:
+    """A file that anyone may have made, open for reading, which is enough to lock it."""
+    with suppress(FileNotFoundError):
+        return os.open(path, os.O_RDONLY)
+    before = os.umask(0)  # or a strict one would keep the others out
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    except FileExistsError:  # by now
+        return os.open(path, os.O_RDONLY)
+    finally:
+        os.umask(before)

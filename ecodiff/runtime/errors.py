@@ -7,6 +7,8 @@ import os
 import re
 import sys
 import traceback
+from collections.abc import Iterable
+from itertools import islice
 
 USERS_FAULT, MACHINES_FAULT = 2, 1  # exit statuses; what a machine failed at may be tried again
 MISUSES = {  # of files; other numbers are the machine's
@@ -57,6 +59,13 @@ def errno_of(error: BaseException) -> int | None:
         return error.errno
     found = re.search(r"\(os error (\d+)\)", str(error))
     return int(found[1]) if found else None
+
+
+def listed(names: Iterable[str], most: int = 9) -> str:
+    """Names that come from a file, in quotes for one line; long ones and long lists are cut."""
+    quoted = [repr(name) for name in islice(names, most + 1)]
+    short = [name if len(name) <= 80 else f"{name[:76]}...'" for name in quoted]
+    return ", ".join(short if len(short) <= most else [*short[:most], "..."])
 
 
 def tell(error: Exception, where: str, debug: bool) -> int:

@@ -1,3 +1,3 @@
-"""ShapeWorld and the toy pipelines trained on it: the embedded default."""
+"""ShapeWorld, a synthetic world of captioned images, and the toy pipelines trained on it."""
 
 TOYS = ("toy-vae", "toy-sdxl", "toy-flux", "toy-clip")

@@ -1,9 +1,9 @@
-"""Reads a ShapeWorld picture back without any learned part, and judges captions by it.
+"""Recognises the objects of a ShapeWorld image by rules, and judges captions by them.
 
-The background is the nearest background colour of the frame's median. What differs
-from it falls into connected components; each is matched against the formula-drawn
-shapes at its own place. A component that matches nothing well stays unread, and a
-caption is met only if every component is read and is what the caption says.
+The background is the palette colour nearest to the median of the outermost pixels.
+Pixels that differ from it form connected components; each is compared with every shape
+drawn at its place. An image meets its caption only if every component is recognised and
+together they are what the caption says.
 """
 
 from __future__ import annotations
@@ -18,15 +18,20 @@ from ecodiff.toys import world
 from ecodiff.toys.world import Scene, Thing
 
 DIFFERENT = 48.0  # RGB distance from the background that makes a pixel part of something
-MIN_PIXELS = 12  # smaller components are specks
+MIN_PIXELS = 12  # smaller components are ignored as specks
 MIN_OVERLAP = 0.75  # intersection over union that a recognised shape must reach
-MAX_COLOUR_ERROR = 90.0  # RGB distance beyond which a colour is no colour of the world
+MAX_COLOUR_ERROR = 90.0  # RGB distance beyond which a colour counts as none of the world's
 
 
 def read_scene(image: np.ndarray) -> tuple[str, list[Thing | None]]:
-    """The background and the things in a picture, uint8 (SIDE, SIDE, 3).
+    """The background and the objects of an image.
 
-    An object that is no shape or colour of the world is read as None.
+    Args:
+        image: uint8 (SIDE, SIDE, 3).
+
+    Returns:
+        The name of the background colour, and the objects; None for one that matches no shape and
+        colour of the world.
     """
     pixels = image.astype(np.float64)
     frame = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
@@ -44,7 +49,10 @@ def read_scene(image: np.ndarray) -> tuple[str, list[Thing | None]]:
 
 
 def meets(image: np.ndarray, caption: str) -> bool:
-    """Whether a picture, uint8 (SIDE, SIDE, 3), shows exactly what its caption says."""
+    """Whether an image, uint8 (SIDE, SIDE, 3), shows exactly what its caption says.
+
+    Raises `ValueError` when the caption is not a ShapeWorld caption.
+    """
     wanted = world.parse_caption(caption)
     background, things = read_scene(image)
     if background != wanted.background or len(things) != len(wanted.things):
@@ -55,7 +63,7 @@ def meets(image: np.ndarray, caption: str) -> bool:
 
 
 def scene_accuracy(images: Sequence[np.ndarray], captions: Sequence[str]) -> float:
-    """The share of pictures that meet their captions."""
+    """The share of images, 0 to 1, that show exactly what their captions say."""
     met = [meets(image, caption) for image, caption in zip(images, captions, strict=True)]
     return float(np.mean(met))
 
@@ -83,7 +91,8 @@ def _read_thing(
     colour, error = _nearest(np.median(pixels[core], axis=0), world.COLOURS)
     if error > MAX_COLOUR_ERROR:
         return None
-    # Each pixel's cover is its place on the line from the background to the object's colour.
+    # How much of a pixel the object covers: its colour's position, 0 to 1, on the line from the
+    # background's colour to the object's.
     line = np.array(world.COLOURS[colour]) - base
     near = ndimage.binary_dilation(where, iterations=1)
     cover = np.where(near, np.clip((pixels - base) @ line / (line @ line), 0, 1), 0)
@@ -96,7 +105,7 @@ def _read_thing(
 
 
 def _overlaps(cover: np.ndarray, x: float, y: float) -> list[tuple[str, str, float]]:
-    """Soft intersection over union with every (size, shape), best over half-pixel shifts."""
+    """Soft intersection over union with every (size, shape), the best over half-pixel shifts."""
     column, row = int(np.floor(x)), int(np.floor(y))
     padded = np.pad(cover, _REACH)
     window = padded[row : row + 2 * _REACH + 1, column : column + 2 * _REACH + 1]
@@ -114,7 +123,7 @@ _REACH = 16  # half side of the window in which an object is matched, pixels
 
 @cache
 def _templates() -> dict[tuple[str, str], np.ndarray]:
-    """Covers of each (size, shape) at sub-pixel shifts: (shifts, window, window)."""
+    """Pixel coverage of each (size, shape) at half-pixel shifts: (shifts, window, window)."""
     rows, columns = np.mgrid[-_REACH : _REACH + 1, -_REACH : _REACH + 1] + 0.5
     shifts = [(dx, dy) for dx in np.arange(-0.5, 2.0, 0.5) for dy in np.arange(-0.5, 2.0, 0.5)]
     return {

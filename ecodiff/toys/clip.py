@@ -1,4 +1,4 @@
-"""toy-clip: a small open_clip model of ShapeWorld, the toys' FID features and CLIP score."""
+"""toy-clip: a small open_clip model trained on ShapeWorld, for the toys' FID and CLIP score."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ PREPROCESS = {
 
 
 class _Matching(nn.Module):
-    """An image and a text tower with the logit scale that ties them together."""
+    """A CLIP model whose forward pass returns the contrastive loss of a batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,7 +61,15 @@ class _Matching(nn.Module):
 
 
 def train(recipe: Recipe = RECIPE, state: Path | None = None) -> tuple[CLIP, float]:
-    """The trained model and the seconds: contrastive on pictures and captions of the world."""
+    """Train with the contrastive loss on images and captions of ShapeWorld.
+
+    Args:
+        recipe: steps, batch size, learning rate and seed.
+        state: see `training.fit`.
+
+    Returns:
+        The model on the CPU, and the seconds that training took.
+    """
     torch.manual_seed(recipe.seed)
     tokenizer, matching = text.t5_tokenizer(), _Matching().to(DEVICE)
 
@@ -81,7 +89,7 @@ def tokenize(tokenizer: text.T5Tokenizer, captions: list[str]) -> torch.Tensor:
 
 
 def save(model: CLIP, folder: Path) -> None:
-    """Writes the model as a folder that open_clip's `local-dir:` loads."""
+    """Write the model, weights in fp16, as a folder that open_clip loads with `local-dir:`."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {"model_cfg": CONFIG, "preprocess_cfg": PREPROCESS}
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -91,7 +99,13 @@ def save(model: CLIP, folder: Path) -> None:
 
 
 def retrieval(model: CLIP, pixels: torch.Tensor, captions: list[str]) -> float:
-    """The share of pictures whose own caption is nearest among all captions given."""
+    """The share of images, 0 to 1, whose own caption is the nearest of all given ones.
+
+    Args:
+        model: the CLIP model.
+        pixels: float (n, 3, SIDE, SIDE) in [-1, 1].
+        captions: n captions.
+    """
     tokens = tokenize(text.t5_tokenizer(), captions)
     with torch.no_grad():
         image = F.normalize(model.encode_image(pixels), dim=-1)

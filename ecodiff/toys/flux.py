@@ -1,4 +1,4 @@
-"""toy-flux: a genuine FluxPipeline (schnell type, no guidance) for ShapeWorld, and its training."""
+"""toy-flux: a small `FluxPipeline` (as schnell, without guidance) for ShapeWorld; its training."""
 
 from __future__ import annotations
 
@@ -20,21 +20,29 @@ from ecodiff.toys.training import DEVICE, Latents, Recipe, fit
 
 RECIPE = Recipe(cycles=(4100, 8000, 8000), batch=48, lr=1.5e-3, warmup=200)
 HEADS, HEAD_DIM = 4, 24
-# Rotary frequencies are 10000^(-2i/d): with fewer than ten numbers an axis, hardly one but the
-# fastest tells the places of an 8x8 grid apart.
+# Dimensions of the rotary embedding per axis. Its frequencies are 10000^(-2i/d): with d below ten
+# hardly any but the fastest one distinguishes the positions of an 8x8 grid.
 ROTARY = (4, 10, 10)
-# Towards high noise, in training and in sampling: large plain shapes show through noise for long,
-# so that what matters is decided early.
+# Timestep shift towards high noise, in training and sampling: large plain shapes stay visible under
+# much noise, so the steps that decide the layout are the early ones.
 SHIFT = 3.0
-# From the second cycle on the model learns, as FLUX.1 dev did, what classifier-free guidance of
-# this scale would predict, so that it draws sharp shapes without a second pass. It is its own
-# teacher: "Diffusion Models without Classifier-free Guidance", Tang et al. 2025.
+# From the second cycle on the model learns the prediction that classifier-free guidance of this
+# scale would give (guidance distillation, as FLUX.1 dev), so it draws sharp shapes with one pass
+# per step. It is its own teacher: "Diffusion Models without Classifier-free Guidance", Tang et al.
+# 2025.
 GUIDANCE = 2.0
-UNCONDITIONAL = 0.1  # share of captions dropped meanwhile
+UNCONDITIONAL = 0.1  # share of captions dropped from the second cycle on
 
 
 def build(vae: AutoencoderKL, heads: int = HEADS, double: int = 3, single: int = 6) -> FluxPipeline:
-    """The untrained pipeline: joint attention over 16 text tokens and 64 latent patches."""
+    """The untrained pipeline: joint attention over 16 text tokens and 64 latent patches.
+
+    Args:
+        vae: the toys' autoencoder.
+        heads: attention heads per block.
+        double: joint blocks (image and text streams apart).
+        single: single-stream blocks.
+    """
     clip, t5 = text.clip_tokenizer(), text.t5_tokenizer()
     transformer = FluxTransformer2DModel(
         patch_size=1,
@@ -62,7 +70,16 @@ def build(vae: AutoencoderKL, heads: int = HEADS, double: int = 3, single: int =
 def train(
     vae: AutoencoderKL, recipe: Recipe = RECIPE, state: Path | None = None
 ) -> tuple[FluxPipeline, float]:
-    """The trained pipeline (transformer and text encoders, flow matching) and the seconds."""
+    """Train transformer and text encoders by flow matching.
+
+    Args:
+        vae: the trained toy-vae, which is not changed.
+        recipe: steps, batch size, learning rate and seed.
+        state: see `training.fit`.
+
+    Returns:
+        The pipeline on the CPU, and the seconds that training took.
+    """
     torch.manual_seed(recipe.seed)
     pipe = build(vae).to(DEVICE)
     trained = nn.ModuleList([pipe.transformer, pipe.text_encoder, pipe.text_encoder_2])
@@ -98,7 +115,8 @@ def train(
         predicted = velocity(noised, sigma, captions)
         with torch.no_grad():
             free = velocity(noised, sigma, [""] * len(clean))
-        # The prediction is guided itself, hence the weight: its fixed point is at `GUIDANCE`.
+        # The model's own prediction is already guided, hence this weight instead of GUIDANCE - 1:
+        # with it, training converges to guidance of scale GUIDANCE.
         guided = (1 - 1 / GUIDANCE) * (predicted.detach() - free)
         return F.mse_loss(predicted, target + keep[:, None, None] * guided)
 

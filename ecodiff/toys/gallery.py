@@ -1,4 +1,4 @@
-"""A picture of what a toy draws: held-out captions, their pictures and the checker's verdicts."""
+"""A gallery of a toy: held-out captions, its images, and which of them the checker rejects."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ COLUMNS, ROWS = 8, 4
 
 
 def gallery(source: Path, out: Path) -> None:
-    """Draw the first 32 held-out captions with a toy and write them as one png."""
+    """Draw the first 32 held-out captions with a toy and write them as one png.
+
+    Args:
+        source: the folder of the toy, named as in `making.CALLS`.
+        out: the png file.
+    """
     _, captions = held_out(COLUMNS * ROWS)
     pictures = draw(load_pipeline(source), captions, CALLS[source.name])
     figure, axes = plt.subplots(ROWS, COLUMNS, figsize=(12, 8), layout="constrained")

@@ -1,4 +1,4 @@
-"""Trains the shipped toys from nothing and writes each as a folder with a model card."""
+"""Trains the shipped toys from scratch and writes each as a folder with a model card."""
 
 from __future__ import annotations
 
@@ -25,19 +25,21 @@ CALLS: dict[str, dict[str, int | float]] = {
     "toy-flux": {"num_inference_steps": 8, "max_sequence_length": 16, "height": 64, "width": 64},
 }
 BATCH = 64
-HELD_OUT = 256  # captions that a card's scores are measured on
+HELD_OUT = 256  # number of captions that a model card's scores are measured on
 
 
 def make(name: str, out: Path, vae_folder: Path | None = None) -> None:
     """Train one toy and write it to a folder.
 
+    An unfinished training keeps its state beside `out` and continues from it.
+
     Args:
         name: one of `TOYS`.
-        out: the folder that is written, weights in fp16.
-        vae_folder: the trained toy-vae, which both pipelines are trained on.
+        out: the folder to write, weights in fp16.
+        vae_folder: the trained toy-vae; needed for toy-sdxl and toy-flux.
 
     Raises:
-        UserError: no such toy, or a pipeline without its autoencoder.
+        UserError: there is no such toy, or `vae_folder` is missing.
     """
     if name not in TOYS:
         raise UserError(f"toy: {name!r} is not one of {', '.join(TOYS)}")
@@ -74,14 +76,14 @@ def make(name: str, out: Path, vae_folder: Path | None = None) -> None:
 
 
 def held_out(count: int = HELD_OUT, seed: int = 0) -> tuple[list[np.ndarray], list[str]]:
-    """Pictures, uint8 (SIDE, SIDE, 3), and captions that no toy was trained on."""
+    """`count` images, uint8 (SIDE, SIDE, 3), and their captions, of the split `held-out`."""
     rng = np.random.default_rng(seed)
     scenes = [world.sample_scene(rng, "held-out") for _ in range(count)]
     return [world.render(scene) for scene in scenes], [scene.caption for scene in scenes]
 
 
 def round_trip(model: AutoencoderKL) -> float:
-    """Scene accuracy of held-out pictures after encoding and decoding."""
+    """Scene accuracy of held-out images after encoding and decoding, 0 to 1."""
     pictures, captions = held_out()
 
     images: list[np.ndarray] = []
@@ -94,7 +96,7 @@ def round_trip(model: AutoencoderKL) -> float:
 
 
 def accuracy(pipe: DiffusionPipeline, call: dict[str, int | float]) -> float:
-    """Scene accuracy of a pipeline's pictures of held-out captions, seed = caption's index."""
+    """Scene accuracy of a pipeline's images of held-out captions, 0 to 1."""
     _, captions = held_out()
     return checker.scene_accuracy(draw(pipe, captions, call), captions)
 
@@ -102,7 +104,13 @@ def accuracy(pipe: DiffusionPipeline, call: dict[str, int | float]) -> float:
 def draw(
     pipe: DiffusionPipeline, captions: list[str], call: dict[str, int | float]
 ) -> list[np.ndarray]:
-    """One picture a caption, uint8 (SIDE, SIDE, 3), each from its own seed."""
+    """One image per caption, uint8 (SIDE, SIDE, 3), from noise of seed 0, 1, 2, ...
+
+    Args:
+        pipe: a toy pipeline.
+        captions: what to draw.
+        call: arguments of the pipeline's call, see `CALLS`.
+    """
     images: list[np.ndarray] = []
     for seeds in torch.arange(len(captions)).split(BATCH):
         embeds = encode(pipe, [captions[seed] for seed in seeds], call)
@@ -114,7 +122,7 @@ def draw(
 def write_card(
     folder: Path, name: str, recipe: Recipe, seconds: float, scores: dict[str, float]
 ) -> None:
-    """Write the model card: command, seed, steps, hardware, time and scores."""
+    """Write the model card, README.md and training.json: recipe, hardware, time and scores."""
     packages = ", ".join(f"{p} {version(p)}" for p in ("torch", "diffusers", "transformers"))
     hardware = (
         torch.cuda.get_device_name()

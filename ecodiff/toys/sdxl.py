@@ -1,4 +1,4 @@
-"""toy-sdxl: a genuine StableDiffusionXLPipeline for ShapeWorld, and its training."""
+"""toy-sdxl: a small `StableDiffusionXLPipeline` for ShapeWorld, and its training."""
 
 from __future__ import annotations
 
@@ -25,7 +25,12 @@ HEAD_DIM = 16
 
 
 def build(vae: AutoencoderKL, widths: tuple[int, int, int] = WIDTHS) -> StableDiffusionXLPipeline:
-    """The untrained pipeline: attention on the two lower levels, two blocks deep on the last."""
+    """The untrained pipeline: a U-Net of three levels with attention on the lower two.
+
+    Args:
+        vae: the toys' autoencoder.
+        widths: channels of the levels.
+    """
     tokenizer = text.clip_tokenizer()
     ids = 8  # width of each embedded size or crop
     unet = UNet2DConditionModel(
@@ -37,7 +42,8 @@ def build(vae: AutoencoderKL, widths: tuple[int, int, int] = WIDTHS) -> StableDi
         block_out_channels=widths,
         layers_per_block=1,
         transformer_layers_per_block=(1, 1, 2),
-        attention_head_dim=tuple(width // HEAD_DIM for width in widths),  # heads, in fact
+        # In spite of its name, the number of heads.
+        attention_head_dim=tuple(width // HEAD_DIM for width in widths),
         norm_num_groups=8,
         cross_attention_dim=2 * text.WIDTH,
         use_linear_projection=True,
@@ -49,8 +55,8 @@ def build(vae: AutoencoderKL, widths: tuple[int, int, int] = WIDTHS) -> StableDi
         beta_schedule="scaled_linear",
         beta_start=0.00085,
         beta_end=0.012,
-        # Noise prediction says nothing of the picture where noise is all there is, and eight steps
-        # can't make up for a wrong background later; v prediction learns it from the first step.
+        # At the highest noise, noise prediction carries no information about the image, and a few
+        # steps can't correct a wrong background later; v prediction learns it from the first step.
         prediction_type="v_prediction",
         timestep_spacing="trailing",
     )
@@ -69,7 +75,16 @@ def build(vae: AutoencoderKL, widths: tuple[int, int, int] = WIDTHS) -> StableDi
 def train(
     vae: AutoencoderKL, recipe: Recipe = RECIPE, state: Path | None = None
 ) -> tuple[StableDiffusionXLPipeline, float]:
-    """The trained pipeline (U-Net and text encoders, v prediction) and the seconds."""
+    """Train U-Net and text encoders with v prediction.
+
+    Args:
+        vae: the trained toy-vae, which is not changed.
+        recipe: steps, batch size, learning rate and seed.
+        state: see `training.fit`.
+
+    Returns:
+        The pipeline on the CPU, and the seconds that training took.
+    """
     torch.manual_seed(recipe.seed)
     pipe = build(vae).to(DEVICE)
     trained = nn.ModuleList([pipe.unet, pipe.text_encoder, pipe.text_encoder_2])

@@ -1,4 +1,4 @@
-"""Real tokenizers made from ShapeWorld's vocabulary, and the small text encoders on them."""
+"""CLIP and T5 tokenizers for ShapeWorld's vocabulary, and small text encoders for them."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ WIDTH = 64
 
 
 def clip_tokenizer() -> CLIPTokenizer:
-    """A byte-pair tokenizer whose merges make every word of the world one token."""
+    """A byte-pair tokenizer whose merges make each word of ShapeWorld one token."""
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
-    # Last letters are named too: the trainer numbers them as it meets them, in no fixed order.
+    # Final letters are listed, too: the trainer would number them in no fixed order.
     last_letters = [f"{letter}</w>" for letter in ascii_lowercase]
     trainer = trainers.BpeTrainer(
         special_tokens=["<|startoftext|>", "<|endoftext|>", *last_letters],
@@ -41,7 +41,7 @@ def clip_tokenizer() -> CLIPTokenizer:
 
 
 def t5_tokenizer() -> T5Tokenizer:
-    """A unigram tokenizer that prefers the world's words and falls back on letters."""
+    """A unigram tokenizer that prefers whole words of ShapeWorld and falls back on letters."""
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -8.0)]
     words = [(f"▁{word}", -1.0) for word in world.vocabulary()]
     letters = [(letter, -10.0) for letter in ascii_lowercase]
@@ -49,7 +49,7 @@ def t5_tokenizer() -> T5Tokenizer:
 
 
 def clip_encoder(tokenizer: CLIPTokenizer, *, projection: bool = False) -> CLIPTextModel:
-    """An untrained CLIP text encoder; SDXL's second one ends in a projection."""
+    """An untrained CLIP text encoder, with a final projection for SDXL's second encoder."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=WIDTH,

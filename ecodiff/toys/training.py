@@ -1,4 +1,4 @@
-"""What every toy's training shares: the loop, its clock and the pictures it learns from."""
+"""What the trainings of all toys share: the loop, its learning rates and its images."""
 
 from __future__ import annotations
 
@@ -19,16 +19,23 @@ from ecodiff.toys import world
 
 SAVE_EVERY = 300.0  # seconds between two writes of an unfinished training's state
 
-# Toys are trained where it is fastest; the card says where that was.
+# Results differ between devices by rounding; the model card names the hardware.
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one part of a toy is trained; part of its model card.
+    """How a toy is trained; its model card shows it.
 
-    Each cycle begins as if from a shipped toy, with weights that went through fp16 and a new
-    optimiser, so that a toy can be trained further without its state and still be repeated.
+    Each cycle starts from weights rounded to fp16 and with a new optimiser, as if from a shipped
+    toy. So a shipped toy can be trained for another cycle, and a training from scratch repeats it.
+
+    Attributes:
+        cycles: number of steps of each cycle.
+        batch: images per step.
+        lr: highest learning rate.
+        warmup: steps of linear warm-up at the start of each cycle.
+        seed: of weights, images and noise.
     """
 
     cycles: tuple[int, ...]  # steps of each
@@ -43,11 +50,11 @@ class Recipe:
         return sum(self.cycles)
 
     def starts_cycle(self, step: int) -> bool:
-        """Whether a cycle, other than the first, begins with this step."""
+        """Whether a cycle other than the first begins at this step."""
         return step in accumulate(self.cycles[:-1])
 
     def lr_of(self, step: int) -> float:
-        """The learning rate of a step: in each cycle a linear warm-up, then a cosine to zero."""
+        """The learning rate at a step: in each cycle a linear warm-up and a cosine decay to 0."""
         within = step
         for length in self.cycles:
             if within < length:
@@ -59,17 +66,17 @@ class Recipe:
 
 
 def scenes(recipe: Recipe, step: int) -> tuple[Tensor, list[str]]:
-    """A step's pictures, float (batch, 3, SIDE, SIDE) in [-1, 1], and captions."""
+    """The images of a step, float (batch, 3, SIDE, SIDE) in [-1, 1], and their captions."""
     rng = np.random.default_rng([recipe.seed, step])
     batch = [world.sample_scene(rng) for _ in range(recipe.batch)]
     return to_tensor([world.render(scene) for scene in batch]), [s.caption for s in batch]
 
 
 class Latents:
-    """Pictures that are drawn and encoded once and then reused in every epoch."""
+    """Training images, drawn and encoded once and used again in every epoch."""
 
     def __init__(self, vae: AutoencoderKL, recipe: Recipe, pictures: int = 30_720) -> None:
-        """Encode about `pictures` pictures; their latents, scaled, stay on `DEVICE`."""
+        """Encode about `pictures` images; their scaled latents stay on `DEVICE`."""
         self.recipe, self.captions = recipe, []
         latents = []
         for step in range(pictures // recipe.batch):
@@ -80,7 +87,10 @@ class Latents:
         self.latents = torch.cat(latents) * vae.config.scaling_factor
 
     def batch(self, step: int) -> tuple[Tensor, list[str]]:
-        """A step's latents, float (batch, 4, 16, 16), and captions; each epoch is shuffled anew."""
+        """The latents of a step, float (batch, 4, 16, 16), and their captions.
+
+        Each epoch is a new random order.
+        """
         epoch, part = divmod(step, len(self.captions) // self.recipe.batch)
         order = np.random.default_rng([self.recipe.seed, epoch]).permutation(len(self.captions))
         chosen = order[part * self.recipe.batch :][: self.recipe.batch]
@@ -88,7 +98,7 @@ class Latents:
 
 
 def to_tensor(images: list[np.ndarray]) -> Tensor:
-    """uint8 (SIDE, SIDE, 3) pictures as float (n, 3, SIDE, SIDE) in [-1, 1]."""
+    """Images, n times uint8 (SIDE, SIDE, 3), as float (n, 3, SIDE, SIDE) in [-1, 1]."""
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
     return pixels.float() / 127.5 - 1
 
@@ -100,19 +110,23 @@ def fit(
     name: str,
     state: Path | None = None,
 ) -> float:
-    """Trains a module in place: AdamW at the recipe's learning rates.
+    """Train a module in place with AdamW at the recipe's learning rates.
 
     Args:
-        loss_of_step: the loss (scalar) of a step, counted from 0. All its randomness must come
-            from the step or from torch's global generator, which each step seeds.
-        state: file (safetensors) that holds an unfinished training, which is continued from there
-            and ends as if it had never stopped. Removed at the end.
+        module: what to train.
+        recipe: steps, learning rates and seed.
+        loss_of_step: the loss (scalar) at a step, counted from 0. Its randomness must come from the
+            step or from torch's global generator, which is seeded for each step.
+        name: shown with the progress.
+        state: safetensors file for the state of an unfinished training. If it exists, training
+            continues from it, with the same result as without a stop. Removed at the end.
 
     Returns:
         The time it took, in seconds.
     """
     module.train()
-    # A long memory of squared gradients is what lets a short training at a high rate explode.
+    # beta2 = 0.99: with the usual 0.999 the average of squared gradients lags behind, and a short
+    # training at a high learning rate may diverge.
     optimizer = torch.optim.AdamW(
         module.parameters(), lr=recipe.lr, betas=(0.9, 0.99), weight_decay=0.01
     )

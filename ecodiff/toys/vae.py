@@ -1,4 +1,4 @@
-"""The autoencoder that both toys share: 64x64 pictures to 16x16 latents of 4 channels."""
+"""toy-vae: the autoencoder of both toys, 64x64 images to 16x16 latents with 4 channels."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from ecodiff.toys.training import DEVICE, Recipe, fit, scenes
 
 RECIPE = Recipe(cycles=(2400,), batch=8, lr=1.5e-3)
-OBJECT_WEIGHT = 8.0  # objects cover a tenth of a picture and carry nearly all of its caption
-NOISE = 0.1  # on latents that are decoded, so that a denoiser's small errors are forgiven
-FREE_WEIGHT = 0.05  # keeps the channel that is no colour as narrow as the others
+OBJECT_WEIGHT = 8.0  # objects cover a tenth of an image but hold nearly all that a caption says
+NOISE = 0.1  # standard deviation on latents before decoding: makes it robust to denoising errors
+FREE_WEIGHT = 0.05  # keeps the fourth channel, which is no colour, on the scale of the others
 
 
 def build() -> AutoencoderKL:
@@ -33,10 +33,17 @@ def build() -> AutoencoderKL:
 
 
 def train(recipe: Recipe = RECIPE, state: Path | None = None) -> tuple[AutoencoderKL, float]:
-    """The trained autoencoder, its scaling factor set to give unit latents, and the seconds.
+    """Train the autoencoder and set its scaling factor so that latents have unit variance.
 
-    Three channels are drawn to the picture's own thumbnail: a small denoiser learns smooth latents
-    in far fewer steps than those that an autoencoder makes when it is left free.
+    Three channels are trained towards a thumbnail of the image: a small denoiser learns such smooth
+    latents in far fewer steps than those of an unconstrained autoencoder.
+
+    Args:
+        recipe: steps, batch size, learning rate and seed.
+        state: see `training.fit`.
+
+    Returns:
+        The autoencoder on the CPU, and the seconds that training took.
     """
     torch.manual_seed(recipe.seed)
     vae = build().to(DEVICE)
@@ -56,7 +63,8 @@ def train(recipe: Recipe = RECIPE, state: Path | None = None) -> tuple[Autoencod
 
     seconds = fit(vae, recipe, loss_of_step, "toy-vae", state)
     with torch.no_grad():
-        # Samples of the posterior are what the decoder was trained on.
+        # Set the posterior's variance to that of the noise, so that samples of it are what the
+        # decoder was trained on.
         vae.quant_conv.weight[vae.config.latent_channels :] = 0
         vae.quant_conv.bias[vae.config.latent_channels :] = 2 * math.log(NOISE)
         pictures = torch.cat([scenes(recipe, step)[0] for step in range(32)])

@@ -1,8 +1,8 @@
-"""ShapeWorld: captioned 64x64 pictures of one or two shapes, drawn by formula.
+"""ShapeWorld: captioned 64x64 images of one or two shapes, drawn from signed distances.
 
-A caption determines everything but the places: "a small red ring left of a large
-blue square on navy". Held-out captions are chosen by a hash of their text, so no
-sampling seed can move a caption from one split to the other.
+A caption determines everything but the positions: "a small red ring left of a large
+blue square on navy". Held-out captions are chosen by a hash of their text, so a caption
+is in the same split whatever the seed.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ SHAPES: dict[str, Callable[[np.ndarray, np.ndarray, float], np.ndarray]] = {
 
 @dataclass(frozen=True)
 class Thing:
-    """One object: what a caption says of it, and its centre in pixels."""
+    """One object: size, colour and shape as in captions, and its centre (x, y) in pixels."""
 
     size: str
     colour: str
@@ -71,7 +71,7 @@ class Thing:
 
     @property
     def words(self) -> str:
-        """What a caption says of it."""
+        """The words for it in a caption, such as "a small red ring"."""
         return f"a {self.size} {self.colour} {self.shape}"
 
     @property
@@ -82,7 +82,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """A background, one or two things, and how the first lies to the second."""
+    """A background, one or two objects, and the relation of the first to the second."""
 
     background: str
     things: tuple[Thing, ...]
@@ -90,7 +90,7 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        """The sentence that a text-to-image model is given."""
+        """The caption, the prompt of a text-to-image model."""
         words = f" {self.relation} ".join(thing.words for thing in self.things)
         return f"{words} on {self.background}"
 
@@ -102,7 +102,7 @@ def vocabulary() -> list[str]:
 
 
 def parse_caption(caption: str) -> Scene:
-    """The scene (places unset) that a caption describes.
+    """The scene that a caption describes, without positions.
 
     Raises:
         ValueError: the caption is not a ShapeWorld caption.
@@ -129,7 +129,7 @@ def is_held_out(caption: str) -> bool:
 
 
 def sample_scene(rng: np.random.Generator, split: Split = "train") -> Scene:
-    """A random scene of a split; every other one holds a single object."""
+    """A random scene of a split; half of the scenes have a single object."""
     while True:
         count = 1 if rng.random() < 1 / 2 else 2
         things = tuple(
@@ -169,13 +169,13 @@ def _at(thing: Thing, x: float, y: float) -> Thing:
 
 
 def coverage(shape: str, radius: float, x: float, y: float) -> np.ndarray:
-    """How much of each pixel a shape covers: float (SIDE, SIDE) in [0, 1]."""
+    """Share of each pixel that a shape covers: float (SIDE, SIDE) in [0, 1]."""
     rows, columns = np.mgrid[0:SIDE, 0:SIDE] + 0.5
     return np.clip(0.5 - SHAPES[shape](columns - x, rows - y, radius), 0, 1)
 
 
 def render(scene: Scene) -> np.ndarray:
-    """The picture of a scene: uint8 (SIDE, SIDE, 3)."""
+    """The image of a scene: uint8 (SIDE, SIDE, 3)."""
     image = np.full((SIDE, SIDE, 3), BACKGROUNDS[scene.background], dtype=np.float64)
     for thing in scene.things:
         alpha = coverage(thing.shape, thing.radius, thing.x, thing.y)[..., None]

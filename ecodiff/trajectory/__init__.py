@@ -1,1 +1,1 @@
-"""The denoising trajectory with gates: differentiable, in the memory of one step."""
+"""The denoising loop with gates, differentiable end to end in the memory of one step."""

@@ -1,4 +1,4 @@
-"""The activation budget: of how many denoising steps the activations fit into memory."""
+"""The activation budget: for how many denoising steps the activations fit into memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ecodiff.models.structures import denoiser_of
 from ecodiff.runtime.devices import free_memory
 from ecodiff.trajectory.rollout import replaced_forward
 
-SHARE = 0.8  # of free memory; the rest is for what a single operation needs
+SHARE = 0.8  # of free memory; the rest is for the temporary tensors of single operations
 
 
 def affordable_steps(
@@ -25,12 +25,17 @@ def affordable_steps(
     call: Call,
     memory_mb: int | None = None,
 ) -> int:
-    """How many steps' activations may be kept, none to all; for `rollout`'s `keep_steps`.
+    """How many steps can keep their activations, from 0 to all: `keep_steps` of `rollout`.
 
-    One step is run as the rollout will run it, gates and all, and what autograd keeps is counted.
+    Runs the denoiser once, as `rollout` will run it, and counts the bytes that autograd saves.
+    Attach the gates and freeze the weights first, so that they are counted as they will be used.
 
     Args:
-        memory_mb: what activations may take (10^6 bytes); without, most of what is free.
+        pipe: the pipeline.
+        embeds: prompt embeddings of one batch, each (n, ...).
+        noise: starting noise of that batch, (n, ...).
+        call: the other arguments of the pipeline's call.
+        memory_mb: memory that activations may take, in 10^6 bytes; None: 80 % of what is free.
     """
     available = memory_mb * 1e6 if memory_mb else SHARE * free_memory(noise.device)
     per_step = runs_per_step(pipe, embeds) * _kept_bytes(pipe, embeds, noise, call)
@@ -38,13 +43,13 @@ def affordable_steps(
 
 
 class _Measured(Exception):
-    """One run of the denoiser is enough."""
+    """Leaves the pipeline's loop after the first run of the denoiser."""
 
 
 def _kept_bytes(
     pipe: DiffusionPipeline, embeds: dict[str, Tensor], noise: Tensor, call: Call
 ) -> int:
-    """Bytes that one run of the denoiser keeps for its backward pass, without the weights."""
+    """Bytes that autograd saves in one run of the denoiser, without the weights."""
     denoiser = denoiser_of(pipe)
     forward = denoiser.forward
     weights = {weight.untyped_storage()._cdata for weight in denoiser.parameters()}
@@ -59,7 +64,8 @@ def _kept_bytes(
     def once(*args: Any, **kwargs: Any) -> Any:
         with saved_tensors_hooks(count, lambda tensor: tensor):
             output = forward(*args, **kwargs)
-        # While the output lives, so does all that was counted: no storage is counted twice.
+        # The exception keeps the output alive, and with it all saved tensors: otherwise a freed
+        # storage's address could be used again and be taken for one that was counted.
         raise _Measured(output)
 
     with suppress(_Measured), quiet(pipe), replaced_forward(denoiser, once):

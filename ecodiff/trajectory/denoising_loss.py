@@ -1,4 +1,8 @@
-"""The model's own training loss, in the conventions of the pipeline that samples from it."""
+"""The model's own training loss: what to add noise to, at which timesteps, and what to predict.
+
+`objective` reads it off the pipeline's scheduler; `conditioned` lets the pipeline itself prepare
+the denoiser's other arguments.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +22,11 @@ from ecodiff.runtime.errors import UserError
 
 
 class Diffusion:
-    """Noise, v or sample prediction, for schedulers that divide by the noise's scale.
+    """Training with a beta schedule (DDPM) and noise, v or sample prediction.
 
-    The training scheduler's noised latents have unit variance at all timesteps, which is what the
-    pipeline's own scheduler makes of its latents in `scale_model_input`.
+    Latents are noised by a `DDPMScheduler` with the config of the pipeline's scheduler. They have
+    unit variance at all timesteps, like the denoiser's inputs in sampling after the scheduler's
+    `scale_model_input`.
     """
 
     def __init__(self, scheduler: Any) -> None:
@@ -33,22 +38,22 @@ class Diffusion:
         return torch.randint(len(self.scheduler), (count,), generator=generator)
 
     def spread(self, count: int) -> Tensor:
-        """Evenly spaced timesteps from little noise to much, int64 (count,)."""
+        """Evenly spaced training timesteps, from the least noise to the most: int64 (count,)."""
         return torch.linspace(0, len(self.scheduler) - 1, count).round().long()
 
     def noised(self, z0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the denoiser sees at `timesteps` (n,); like z0 and noise, (n, ...)."""
+        """The noised latents at `timesteps` (n,), shaped as z0 and noise (n, ...)."""
         return self.scheduler.add_noise(z0, noise, timesteps)
 
     def target(self, z0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the denoiser should return there."""
+        """The prediction that is wanted at `timesteps` (n,): noise, v or z0; shaped as z0."""
         if self.prediction == "v_prediction":
             return self.scheduler.get_velocity(z0, noise, timesteps)
         return {"epsilon": noise, "sample": z0}[self.prediction]
 
 
 class Flow:
-    """Flow matching: latents (1 - sigma) z0 + sigma noise, whose velocity is noise - z0."""
+    """Flow matching: noised latents (1 - sigma) z0 + sigma noise, target velocity noise - z0."""
 
     def __init__(self, scheduler: Any) -> None:
         self.steps = scheduler.config.num_train_timesteps
@@ -59,28 +64,30 @@ class Flow:
         return self.timesteps[torch.randint(len(self.timesteps), (count,), generator=generator)]
 
     def spread(self, count: int) -> Tensor:
-        """Evenly chosen timesteps from little noise to much, float32 (count,)."""
+        """Evenly chosen timesteps of the schedule, from the least noise to the most: float32
+        (count,)."""
         places = torch.linspace(0, len(self.timesteps) - 1, count).round().long()
         return self.timesteps.flip(0)[places]
 
     def noised(self, z0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the denoiser sees at `timesteps` (n,); like z0 and noise, (n, ...)."""
+        """The noised latents at `timesteps` (n,), shaped as z0 and noise (n, ...)."""
         sigma = (timesteps / self.steps).to(z0).view(-1, *[1] * (z0.ndim - 1))
         return torch.lerp(z0, noise, sigma)
 
     def target(self, z0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the denoiser should return there."""
+        """The velocity noise - z0, shaped as z0; the same at all timesteps."""
         return noise - z0
 
 
 def objective(scheduler: Any) -> Diffusion | Flow:
-    """Choose the training target that belongs to a pipeline's scheduler.
+    """The training objective that belongs to a pipeline's scheduler.
 
     Args:
-        scheduler: of the pipeline; a flow matching one with its timesteps set.
+        scheduler: the pipeline's scheduler; with flow matching its timesteps must be set.
 
     Raises:
-        UserError: a scheduler of another kind, such as EDM's.
+        UserError: neither flow matching nor a beta schedule with epsilon, v_prediction or sample
+            (EDM's schedulers, for example).
     """
     config = scheduler.config
     if type(scheduler).__name__.startswith("FlowMatch"):
@@ -98,11 +105,11 @@ def objective(scheduler: Any) -> Diffusion | Flow:
 
 @dataclass
 class Conditioned:
-    """The denoiser's arguments for some prompts, as the pipeline gives them.
+    """The denoiser's arguments for n prompts, as the pipeline itself prepares them.
 
     Attributes:
-        arguments: all arguments of `forward` by name.
-        latents: the name of the noised latents among them.
+        arguments: all arguments of the denoiser's `forward` by name.
+        latents: which of them are the noised latents.
         scale: the denoiser's timestep divided by the scheduler's (FLUX: 1 / 1000).
     """
 
@@ -111,35 +118,41 @@ class Conditioned:
     scale: float
 
     def predict(self, denoiser: nn.Module, noised: Tensor, timesteps: Tensor) -> Tensor:
-        """Return the prediction (n, ...) of a denoiser at the scheduler's timesteps (n,)."""
+        """The prediction of a denoiser, shaped as the noised latents (n, ...).
+
+        Args:
+            denoiser: the dense or the pruned one.
+            noised: noised latents (n, ...), cast to the denoiser's dtype.
+            timesteps: the scheduler's timesteps (n,).
+        """
         inputs = _cast({**self.arguments, self.latents: noised}, denoiser.dtype)
         inputs["timestep"] = timesteps.to(noised.device) * self.scale
         predicted = denoiser(**inputs)[0]
-        # PixArt predicts a variance beside the noise, which its sampler doesn't read.
+        # PixArt predicts noise and variance in twice the channels; its sampler ignores the latter.
         return predicted.chunk(predicted.shape[1] // noised.shape[1], dim=1)[0]
 
 
 class _Seen(Exception):
-    """The denoiser was called; nothing after that is of interest."""
+    """Leaves the pipeline's loop once the denoiser's arguments are recorded."""
 
 
 def conditioned(
     pipe: DiffusionPipeline, embeds: Mapping[str, Tensor], noise: Tensor, call: Mapping[str, Any]
 ) -> Conditioned:
-    """Let the pipeline itself prepare its denoiser's arguments, and stop it there.
+    """Record the arguments that the pipeline calls its denoiser with, without running it.
 
-    Classifier-free guidance is switched off, as in training; a guidance that the denoiser takes as
-    an input stays. Afterwards the scheduler is set to the pipeline's schedule: all training
-    timesteps under flow matching, those of `call` otherwise.
+    Classifier-free guidance is off, as in training; a guidance scale that the denoiser takes as an
+    input (FLUX dev) stays. The pipeline's scheduler is left with its timesteps set: all training
+    timesteps with flow matching, those of `call` otherwise.
 
     Args:
-        pipe: the pipeline; its denoiser isn't run.
-        embeds: see `pipelines.encode`, n prompts.
-        noise: (n, ...), for its shape.
-        call: the model's `call`.
+        pipe: the pipeline.
+        embeds: embeddings of n prompts, see `pipelines.encode`.
+        noise: latents (n, ...); only their shape matters.
+        call: the model's `call` settings.
 
     Raises:
-        UserError: the denoiser isn't called with latents and a `timestep` (Z-Image).
+        UserError: the denoiser has no argument `timestep` (Z-Image).
     """
     if any(key.startswith("negative_") for key in embeds):
         embeds = {k: v for k, v in embeds.items() if not k.startswith("negative_")}
@@ -168,7 +181,7 @@ def conditioned(
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """Cast floating tensors, in dictionaries too."""
+    """Cast floating-point tensors to `dtype`, also inside mappings."""
     if isinstance(value, Mapping):
         return {key: _cast(item, dtype) for key, item in value.items()}
     is_floating = isinstance(value, Tensor) and value.is_floating_point()

@@ -1,8 +1,22 @@
-"""Hard concrete gates on the units of structures (Louizos et al., 2018; EcoDiff, "mask learning").
+"""Hard concrete gates on the units of structures (Louizos et al. 2018; EcoDiff, "mask learning").
 
-A gate multiplies what a consumer reads (or what a modulation linear writes), so gating with 0 and
-cutting are the same algebra: `W[:, keep] @ x[keep] == W @ (m * x)` for a 0/1 mask m. A closed gate
-may let the unit's mean through instead of 0, which a bias gives when the unit is gone.
+Each unit has one logit `a`. With uniform noise u ~ U(0, 1), temperature b, stretch (g, z) and noise
+floor d >= 0, its gate is
+
+    s    = sigmoid((log(u + d) - log(1 - u + d) + a) / b)
+    gate = clip(s * (z - g) + g, 0, 1)
+
+and the probability that it is not closed is
+
+    c           = b * log(-g / z) - a
+    P(gate > 0) = 1 - clip((e^c (1 + d) - d) / (1 + e^c), 0, 1)
+
+With d = 0 this is the hard concrete distribution itself, and P(gate > 0) = sigmoid(-c).
+
+Forward hooks multiply the input of each consumer (or the output of each modulation linear) by its
+gates. A gate of 0 and cutting the unit are then the same: `W[:, keep] @ x[keep] == W @ (m * x)` for
+a 0/1 mask m. With `means`, a closed gate replaces the unit's activation by its calibration mean
+instead of 0; after pruning a bias supplies that constant.
 """
 
 from __future__ import annotations
@@ -31,17 +45,21 @@ def sample_gate(
     temperature: float = TEMPERATURE,
     stretch: tuple[float, float] = STRETCH,
 ) -> Tensor:
-    """Turn uniform noise into gates (EcoDiff, "hard concrete"; `floor` is its noise floor).
+    """Sample hard concrete gates from uniform noise (Louizos et al. 2018).
+
+        gate = clip(sigmoid((log(u + d) - log(1 - u + d) + a) / b) * (z - g) + g, 0, 1)
 
     Args:
-        logits: (units,), fp32.
-        u: (..., units) in [0, 1), fp32.
-        floor: d >= 0 added to `u` and to `1 - u`; bounds the noise, 0 is the original.
-        temperature: of the sigmoid.
-        stretch: (low < 0, high > 1) of the interval before clipping.
+        logits: a, (units,), fp32.
+        u: uniform noise (..., units) in [0, 1), fp32.
+        floor: d >= 0, EcoDiff's noise floor. It bounds the noise to +-log((1 + d) / d); 0 is the
+            hard concrete distribution itself.
+        temperature: b > 0.
+        stretch: (g, z), g < 0 and z > 1: the interval that the sigmoid is stretched to before it
+            is clipped.
 
     Returns:
-        (..., units) in [0, 1], differentiable in `logits`.
+        fp32 (..., units) in [0, 1], differentiable in `logits`.
     """
     low, high = stretch
     noise = torch.log(u + floor) - torch.log(1 - u + floor)
@@ -56,30 +74,34 @@ def open_probability(
 ) -> Tensor:
     """P(gate > 0), exact for any noise floor (EcoDiff, "L0 regularisation").
 
-    With a floor the noise is bounded by log((1 + d) / d), so a gate whose logit is far enough out
-    is open (closed) with certainty: P is exactly 1 (0) there, and its gradient 0.
+        c           = b * log(-g / z) - a          # gate > 0 when the noise exceeds c
+        P(gate > 0) = 1 - clip((e^c (1 + d) - d) / (1 + e^c), 0, 1)
+
+    With a floor d > 0 the noise is bounded, so P is exactly 1 for large logits and exactly 0 for
+    small ones, and its gradient is 0 there. The arguments are those of `sample_gate`.
 
     Returns:
         Shape and dtype of `logits`, in [0, 1].
     """
     low, high = stretch
-    threshold = temperature * math.log(-low / high) - logits  # open <=> noise > threshold
-    # (e^c (1 + d) - d) / (1 + e^c), in a form that does not overflow.
+    threshold = temperature * math.log(-low / high) - logits  # gate > 0 <=> noise > threshold
+    # (e^c (1 + d) - d) / (1 + e^c), written with a sigmoid because e^c overflows.
     return 1 - (torch.sigmoid(threshold) * (1 + 2 * floor) - floor).clamp(0, 1)
 
 
 class Gates(nn.Module):
-    """One gate a unit, for every structure; logits are fp32 whatever the model's dtype.
+    """One gate per unit of every structure; logits are fp32 whatever the model's dtype.
 
-    Values are held from one `draw` (or `set`) to the next, so that all denoising steps and their
-    recomputation see the same sample.
+    Gate values are kept from one call of `draw`, `set` or `open` to the next, so all denoising
+    steps and their recomputation in the backward pass use the same sample.
 
     Args:
-        structures: what to gate.
-        first_logit: of all units.
-        floor: the noise floor.
-        means: module -> what it is given (modulation: what it gives) by a closed gate, see
-            `Calibration`; 0 where there is none. A bias can give it when the unit is gone.
+        structures: the structures to gate.
+        first_logit: initial logit of all units.
+        floor: the noise floor d >= 0.
+        means: module name -> calibration mean (see `Calibration.means`) that replaces the input of
+            a consumer, or the output of a modulation linear, where a gate is closed. Modules that
+            are not named get 0.
     """
 
     def __init__(
@@ -94,7 +116,7 @@ class Gates(nn.Module):
         self.floor, self.means = floor, dict(means)
         for s in self.structures:
             logits = torch.full((s.units,), first_logit, dtype=torch.float32)
-            # torch forbids dots in the names of parameters
+            # torch forbids dots in parameter names.
             self.register_parameter(s.name.replace(".", "/"), nn.Parameter(logits))
         self._inputs = _by_module((s, port) for s in self.structures for port in s.consumers)
         self._outputs = _by_module(
@@ -110,13 +132,13 @@ class Gates(nn.Module):
     def draw(
         self, batch: int, generator: torch.Generator | None = None, own: slice = slice(None)
     ) -> None:
-        """Sample one gate a unit and prompt, held until the next call.
+        """Sample one gate per unit and prompt, used until the next `draw`, `set` or `open`.
 
         Args:
-            batch: number of prompts n; values are (n, units).
-            generator: source of the noise; with a CPU generator the sample is the same on every
-                device.
-            own: the prompts of this process; what others draw is drawn here too and left.
+            batch: number of prompts n of all processes together; values are (n, units).
+            generator: source of the noise. A CPU generator gives the same sample on every device.
+            own: this process's rows of the n prompts. Noise is drawn for all n and the rest thrown
+                away, so that all processes' generators stay in step.
         """
         device = generator.device if generator is not None else torch.device("cpu")
         values = {}
@@ -126,7 +148,7 @@ class Gates(nn.Module):
         self._hold(values)
 
     def set(self, values: Mapping[str, Tensor]) -> None:
-        """Hold fixed gates, e.g. a mask; structures without a value stay fully open.
+        """Use fixed gate values, such as a 0/1 mask; structures without a value stay fully open.
 
         Args:
             values: structure name -> (units,), bool or float.
@@ -150,9 +172,10 @@ class Gates(nn.Module):
         )
 
     def open(self, batch: int) -> dict[str, Tensor]:
-        """Hold fully open gates, one a unit and prompt, until the next call.
+        """Use gates of 1 that record gradients: after a backward pass, `.grad` is d loss / d gate.
 
-        Returns structure name -> (batch, units), leaves that take gradients.
+        Returns:
+            Structure name -> fp32 (batch, units), leaf tensors of ones.
         """
         leaves = {
             name: torch.ones(batch, len(logits), device=logits.device, requires_grad=True)
@@ -162,7 +185,7 @@ class Gates(nn.Module):
         return leaves
 
     def _hold(self, values: dict[str, Tensor]) -> None:
-        """Lay the gates out as one multiplier a linear; several structures may share a linear."""
+        """Store the gates as one multiplier per linear; several structures may share a linear."""
         device = next(iter(values.values())).device
         self.means = {module: mean.to(device) for module, mean in self.means.items()}
         self._multipliers = {
@@ -172,14 +195,17 @@ class Gates(nn.Module):
 
     @contextmanager
     def attached(self, denoiser: nn.Module) -> Iterator[None]:
-        """Gate `denoiser` inside the context, with the held values; hooks go on exit, always.
+        """Apply the current gate values to `denoiser` inside the context, by forward hooks.
 
-        Inputs of consumers and outputs of modulation linears are drawn towards their mean, or 0, in
-        their own dtype. Their batch is k * n, k guidance branches one after the other (n prompts,
-        or 1: any batch).
+        Inputs x of consumers and outputs x of modulation linears become gate * x +
+        (1 - gate) * mean, in the dtype of x; the mean is 0 where `means` names none. The batch of x
+        must be k * n: the n prompts of the gates for each of k guidance branches (unconditional,
+        conditional), one branch after the other. Gates of a single prompt fit any batch. The hooks
+        are removed on exit, also after an error.
 
         Raises:
-            RuntimeError: (in the forward pass) nothing held yet, or the batch does not fit.
+            RuntimeError: in the forward pass: no gate values yet, or a batch that is no multiple
+                of n.
         """
         handles = []
         try:
@@ -205,7 +231,7 @@ class Gates(nn.Module):
         return self._gated(name, output)
 
     def _gated(self, name: str, x: Tensor) -> Tensor:
-        """Mix x, (k * n, ..., columns), with the means, by the held (n, columns)."""
+        """gate * x + (1 - gate) * mean for x (k * n, ..., columns) and the gates (n, columns)."""
         if name not in self._multipliers:
             raise RuntimeError("gates have no values: draw() or set() them before the model runs")
         gate = self._multipliers[name].to(x.device, x.dtype)
@@ -213,7 +239,8 @@ class Gates(nn.Module):
         branches, rest = divmod(len(x), prompts)
         if rest:
             raise RuntimeError(f"{name}: batch {len(x)} is no multiple of {prompts} drawn prompts")
-        # Columns of structures that were left out come last or are ones already.
+        # Columns that no structure owns are never gated: those after the last gated column get ones
+        # here, the others are ones already.
         gate = functional.pad(gate, (0, x.shape[-1] - covered), value=1.0)
         if prompts > 1:
             gate = gate.repeat(branches, 1)
@@ -223,9 +250,11 @@ class Gates(nn.Module):
         return torch.lerp(self.means[name].to(x.device, x.dtype), x, gate)
 
     def expected_sparsity(self, total_parameters: int) -> dict[str, Tensor]:
-        """Expected share of `total_parameters` that is removed of each kind of structure.
+        """Expected share of `total_parameters` that closed gates remove, by kind of structure.
 
-        Scalars, fp32, differentiable; their sum is the expected sparsity.
+        Returns:
+            Kind -> sum over its units of P(gate = 0) * unit parameters / `total_parameters`: fp32
+            scalar, differentiable in the logits. The sum over kinds is the expected sparsity.
         """
         return self.shares(
             lambda logits: 1 - open_probability(logits, self.floor), total_parameters
@@ -234,10 +263,15 @@ class Gates(nn.Module):
     def shares(
         self, closed: Callable[[Tensor], Tensor], total_parameters: int
     ) -> dict[str, Tensor]:
-        """Kind -> share of `total_parameters` of its units, each as far as `closed` says.
+        """Share of `total_parameters` that the units of each kind hold, weighted by `closed`.
 
         Args:
-            closed: logits (units,) -> how far each unit is closed, (units,).
+            closed: maps logits (units,) to a weight for each unit (units,), such as the
+                probability that its gate is closed.
+            total_parameters: of the denoiser.
+
+        Returns:
+            Kind -> fp32 scalar.
         """
         found: dict[str, Tensor] = {}
         logits = self.logits
@@ -257,7 +291,7 @@ def _by_module(
 
 
 def _multiplier(ports: list[tuple[Structure, Port]], values: dict[str, Tensor]) -> Tensor:
-    """Spread (n, units) gates over the columns that the units own; ones elsewhere: (n, columns)."""
+    """Expand gates (n, units) to the columns that the units own; 1 elsewhere: (n, columns)."""
     size = max(max(port.offsets) + s.units * s.width for s, port in ports)
     gates = [values[s.name].repeat_interleave(s.width, dim=1) for s, _ in ports]
     multiplier = gates[0].new_ones(len(gates[0]), size)

@@ -1,4 +1,4 @@
-"""The denoising trajectory as one differentiable function, with the memory of a single step."""
+"""The whole denoising loop as one differentiable function, in the memory of a single step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from ecodiff.models.pipelines import call_arguments, quiet
 from ecodiff.models.structures import denoiser_of
 from ecodiff.runtime.errors import UserError
 
-# Denoisers are in eval mode and draw no random numbers, so no RNG state is worth keeping.
+# Denoisers are in eval mode and draw no random numbers, so the RNG state need not be restored for
+# the recomputation.
 recompute = partial(run_again_in_backward, use_reentrant=False, preserve_rng_state=False)
 
 
@@ -32,17 +33,30 @@ def rollout(
     keep_steps: int = 0,
     debug: bool = False,
 ) -> Tensor:
-    """Run the pipeline's own loop from noise to z0, differentiably (EcoDiff, time-step gradient
-    checkpointing).
+    """Run the pipeline's own loop from noise to z0, differentiably (EcoDiff, "time-step gradient
+    checkpointing").
 
-    With `checkpoint`, each step keeps only its latent and is computed again in the backward pass,
-    except for the last `keep_steps`: their activations stay, which saves their recomputation.
-    Keeping the *last* steps is free of extra peak memory for one, since they go back first.
-    Gradients equal full backpropagation. Wrap this *and* the backward pass in `frozen`, which
-    spares the gradients of weights.
+    Gradients equal those of full backpropagation. Wrap this and the backward pass in `frozen`, so
+    that no gradients of weights are computed.
 
-    Returns z0 with the shape and dtype of `noise`. With `debug`, the backward pass raises
-    `UserError` when a step, computed again, does not give its first prediction to the bit.
+    Args:
+        pipe: the pipeline; its denoiser may be gated.
+        embeds: prompt embeddings as keyword arguments of the call, each (n, ...).
+        noise: starting noise (n, ...), in the layout of the pipeline's latents.
+        call: the other arguments of the pipeline's call.
+        checkpoint: keep only the latent of each step and recompute the step in the backward pass.
+            Costs three forward passes a step instead of two, and the memory of one step instead of
+            all.
+        keep_steps: with `checkpoint`, this many last steps keep their activations and are not
+            recomputed. Keeping one needs no extra peak memory: the backward pass starts with the
+            last step and holds its activations in any case.
+        debug: with `checkpoint`, compare each recomputed prediction with the first one.
+
+    Returns:
+        z0, with the shape and dtype of `noise`.
+
+    Raises:
+        UserError: in the backward pass with `debug`: a recomputed prediction is not bit-identical.
     """
     denoiser = denoiser_of(pipe)
     forward, runs, called = denoiser.forward, runs_per_step(pipe, embeds), 0
@@ -56,8 +70,9 @@ def rollout(
             return recompute(_repeatable(forward, called), *args, early_stop=False, **kwargs)
         return recompute(forward, *args, **kwargs)
 
-    # Only the denoiser is wrapped: the scheduler's scaling and step counter stay outside, so a
-    # recomputed step sees the very latent that was stored.
+    # Only the denoiser is recomputed. The scheduler's input scaling and step counter stay outside,
+    # so a recomputed step gets exactly the input of the first pass.
+    # The pipeline's `__call__` is decorated with `no_grad`; `__wrapped__` is the loop without it.
     loop = type(pipe).__call__.__wrapped__
     with quiet(pipe), replaced_forward(denoiser, step if checkpoint else forward):
         return loop(pipe, **call_arguments(pipe, embeds, noise, call))[0].to(noise.dtype)
@@ -65,11 +80,12 @@ def rollout(
 
 @dataclass(frozen=True)
 class DenseStep:
-    """One call of the denoiser on its own trajectory.
+    """One recorded call of the dense denoiser in its own denoising loop.
 
     Attributes:
-        args, kwargs: what it was called with.
-        prediction: what it answered, (n, ...); the output's first tensor.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        prediction: the first tensor of its output, (n, ...).
     """
 
     args: tuple[Any, ...]
@@ -77,9 +93,9 @@ class DenseStep:
     prediction: Tensor
 
     def again(self, denoiser: nn.Module) -> Tensor:
-        """The prediction of a denoiser, such as a gated one, on the same input.
+        """The prediction of a denoiser (such as a gated one) on the same input, (n, ...).
 
-        Its activations are computed again in the backward pass.
+        Checkpointed: its activations are recomputed in the backward pass.
         """
         return _prediction(recompute(denoiser, *self.args, **self.kwargs))
 
@@ -88,7 +104,11 @@ class DenseStep:
 def dense_steps(
     pipe: DiffusionPipeline, embeds: dict[str, Tensor], noise: Tensor, call: Call
 ) -> list[DenseStep]:
-    """Record each call of the denoiser from noise to z0 (EcoDiff, ablation "per-step loss")."""
+    """Record all calls of the denoiser from noise to z0, in order, without gradients.
+
+    These are the inputs and targets of a per-step loss (EcoDiff, ablation "per-step loss") and of
+    compensation in groups.
+    """
     forward = denoiser_of(pipe).forward
     steps: list[DenseStep] = []
 
@@ -103,7 +123,7 @@ def dense_steps(
 
 
 def _repeatable(forward: Callable[..., Any], number: int) -> Callable[..., Any]:
-    """A denoiser's forward that fails when its second prediction is not its first."""
+    """Wrap a forward to raise `UserError` when a later call differs from the first by one bit."""
     first: list[Tensor] = []
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -122,16 +142,17 @@ def _repeatable(forward: Callable[..., Any], number: int) -> Callable[..., Any]:
 
 
 def _prediction(output: Any) -> Tensor:
-    """The first tensor of a denoiser's output; a list of latents (Z-Image) is laid together."""
+    """The first tensor of a denoiser's output; a list of latents (Z-Image) is stacked."""
     first = output[0]
     return torch.stack(first) if isinstance(first, list) else first
 
 
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
-    """Switch off the gradients of a module's parameters, then restore each one's own setting.
+    """Set `requires_grad` of all parameters to False in the context and restore it afterwards.
 
-    Must span the backward pass too: a recomputed step has to see what the first pass saw.
+    The context must include the backward pass: `checkpoint` expects a recomputed step to save the
+    same tensors as the first pass.
     """
     wanted = [parameter for parameter in module.parameters() if parameter.requires_grad]
     for parameter in wanted:
@@ -145,8 +166,8 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
-    """Call `forward` where the module is called, then restore what was there."""
-    own = module.__dict__.get("forward")  # set when a library has hooked the instance
+    """Replace the module's `forward` in the context and restore it afterwards."""
+    own = module.__dict__.get("forward")  # accelerate, for one, sets it on the instance
     module.forward = forward
     try:
         yield

@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 
 from ecodiff.config.plan import Plan
-from ecodiff.config.run import load_config
+from ecodiff.config.run import load_planned
 from ecodiff.runtime import forkserver
 from ecodiff.runtime.artifacts import write_text
 from ecodiff.runtime.code import code_hash
@@ -15,12 +15,18 @@ from ecodiff.runtime.errors import UserError
 from ecodiff.toys import TOYS
 
 try:
-    plan = Plan(load_config(config))
+    run, absent = load_planned(config, workflow.configfiles)
+    if absent and not workflow.output_settings.dryrun:
+        raise UserError("\n".join(absent))
 except UserError as error:
-    # A WorkflowError would print where it came from too; this line says all that a user needs.
-    print(f"config: {error}", file=sys.stderr)
-    sys.exit(1)
+    # A WorkflowError would print where it came from too; these lines say all that a user needs.
+    print("\n".join(f"config: {line}" for line in str(error).splitlines()), file=sys.stderr)
+    sys.exit(2)
 
+for line in absent:
+    print(f"config: needed before a run: {line}", file=sys.stderr)
+
+plan = Plan(run)
 CONFIG = f"{plan.results}/config.yaml"  # written when a run starts; jobs read their sections of it
 SETTINGS = plan.config.model_dump(mode="json")  # complete, so that `lookup` finds defaults too
 

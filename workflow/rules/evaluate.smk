@@ -2,7 +2,8 @@
 rule quality:
     input:
         prompts=plan.evaluated(),
-        pictures=f"<results>/prompts/{plan.config.evaluate.prompts}",
+        learned=plan.learned_tables(),
+        pictures=plan.real_pictures(),
         images=of(plan.shards_of_all),
         clip=plan.clip_files(),
     output:
@@ -22,9 +23,11 @@ rule quality:
         config=CONFIG,
         settings=plan.config.evaluate.model_dump(exclude={"prompts", "efficiency", "mask_cost"}),
         variants=of(plan.shards_by_variant),
+        learned=each("--learned", "learned"),
         code=code_hash("evaluate.quality"),
     shell:
         "ecodiff evaluate quality {input.prompts:q} {output:q} {params.variants:q}"
+        " {params.learned:q}"
         " --config {params.config:q} > {log:q} 2>&1"
 
 

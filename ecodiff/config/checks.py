@@ -1,0 +1,228 @@
+"""What a config can be known to get wrong before the first job runs. Imports no torch.
+
+`mistakes` looks at the config alone, `missing` at the files that it names.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import ValidationError
+
+from ecodiff.config.reading import Document, explain
+from ecodiff.config.sections import MaskSettings, PromptSet
+
+if TYPE_CHECKING:
+    from ecodiff.config.run import Config
+
+Mistake = tuple[tuple[str | int, ...], str]
+"""The path of a key, and what is wrong with it."""
+
+# Folders and files of a run that a model's or prompt set's name must not be.
+OF_A_RUN = ("prompts", "tables", "figures", "logs", "benchmarks", "config.yaml")
+OF_A_MODEL = ("grams", "masks", "ablations")
+
+
+def mistakes(config: Config) -> Iterator[Mistake]:
+    """What contradicts itself within a config."""
+    yield from _names(config)
+    unknown = [*_unknown_prompts(config)]
+    yield from unknown
+    yield from _variants(config)
+    ablations = [*_ablations(config)]
+    yield from ablations
+    if not unknown:
+        yield from _overlaps(config)
+        if not ablations:
+            yield from _amounts(config)
+
+
+def missing(config: Config) -> Iterator[Mistake]:
+    """Files and folders that a config names and that are not there."""
+    for name, model in config.models.items():
+        if is_local(model.source) and not Path(model.source).exists():
+            yield ("models", name, "source"), f"there is no file or folder {model.source}"
+        elif Path(model.source).is_dir() and not Path(model.source, "model_index.json").is_file():
+            yield ("models", name, "source"), f"{model.source} holds no model_index.json"
+    for name, prompts in config.prompts.items():
+        if prompts.path is not None and not Path(prompts.path).is_file():
+            yield ("prompts", name, "path"), f"there is no file {prompts.path}"
+        if prompts.images is not None and not Path(prompts.images).is_dir():
+            yield ("prompts", name, "images"), f"there is no folder {prompts.images}"
+    _, local, folder = config.evaluate.clip_model.partition("local-dir:")
+    if local and not Path(folder).is_dir():
+        yield ("evaluate", "clip_model"), f"there is no folder {folder}"
+    published = config.report.published
+    if published is not None and not Path(published).is_file():
+        yield ("report", "published"), f"there is no file {published}"
+
+
+def to_fetch(config: Config) -> Iterator[Mistake]:
+    """What a run will want from the network at its end, unless it lies here before."""
+    place = inception_weights()
+    if config.evaluate.features == "inception" and not place.is_file():
+        yield ("evaluate", "features"), f"the weights of Inception are not at {place}"
+
+
+def inception_weights() -> Path:
+    """Where torchmetrics looks for the weights of its Inception network, and puts them."""
+    cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    home = os.environ.get("TORCH_HOME", os.path.join(cache, "torch"))
+    name = "weights-inception-2015-12-05-6726825d.pth"  # of torch-fidelity, v0.2.0
+    return Path(home, "hub/checkpoints", name).expanduser()
+
+
+def is_local(source: str) -> bool:
+    """Whether a model's source is a path, there or not, and no id of the hub (`owner/name`).
+
+    What looks like a path is one, even where a hub's name could look the same.
+    """
+    is_path = source.startswith((".", "/", "~")) or Path(source.split("/")[0]).is_dir()
+    return is_path or not re.fullmatch(r"[\w.-]+/[\w.-]+", source)
+
+
+def _names(config: Config) -> Iterator[Mistake]:
+    if config.run == "toys":
+        yield ("run",), "results/toys holds the toys that are trained; choose another name"
+    for model in config.models:
+        if model in OF_A_RUN:
+            yield ("models", model), f"results/{config.run}/{model} is taken; choose another name"
+    for name in config.prompts:
+        if name in OF_A_MODEL or name.endswith(".parquet"):
+            yield ("prompts", name), "a file of the run has this name; choose another"
+
+
+def _unknown_prompts(config: Config) -> Iterator[Mistake]:
+    for path, name in _roles(config).items():
+        if name not in config.prompts:
+            yield path, f"no prompt set {name!r}; there are {', '.join(config.prompts)}"
+
+
+def _roles(config: Config) -> dict[tuple[str | int, ...], str]:
+    """The key that names each prompt set that a run uses -> the set."""
+    roles: dict[tuple[str | int, ...], str] = {
+        ("calibrate", "prompts"): config.calibrate.prompts,
+        ("evaluate", "prompts"): config.evaluate.prompts,
+    }
+    for kind, section in (("lora", config.retrain.lora), ("full", config.retrain.full)):
+        if section.prompts is not None:
+            roles["retrain", kind, "prompts"] = section.prompts
+    for model, own in config.models.items():
+        for kind, section in (("lora", own.retrain.lora), ("full", own.retrain.full)):
+            if section.prompts not in (None, roles.get(("retrain", kind, "prompts"))):
+                roles["models", model, "retrain", kind, "prompts"] = str(section.prompts)
+    if config.ablations:
+        roles["ablations", "prompts"] = config.ablations.prompts
+    return roles
+
+
+def _variants(config: Config) -> Iterator[Mistake]:
+    for index, family in enumerate(config.variants):
+        for model in family.models or ():
+            if model not in config.models:
+                known = ", ".join(config.models)
+                yield ("variants", index, "models"), f"no model {model!r}; there are {known}"
+    for model in config.models:
+        counts = Counter(variant.name for variant in config.variants_of(model))
+        for name, times in counts.items():
+            if times > 1:
+                yield ("variants",), f"{name} is named twice for {model}"
+
+
+def _ablations(config: Config) -> Iterator[Mistake]:
+    for sparsity in config.ablations.vary.get("sparsity", ()) if config.ablations else ():
+        if not isinstance(sparsity, int | float) or not _is_whole_percent(sparsity):
+            path = ("ablations", "vary", "sparsity")
+            yield path, f"{sparsity!r} is not a whole per cent from 0.01 to 0.99"
+    for model in config.models:
+        try:
+            points = config.ablations_of(model)
+        except ValidationError as error:
+            for line in explain(error, MaskSettings, Document({})):
+                yield ("ablations", "vary"), line
+            continue
+        for name, times in Counter(point.name for point in points).items():
+            if times > 1:
+                yield ("ablations", "vary"), f"{name} is named twice"
+
+
+def _is_whole_percent(share: float) -> bool:
+    percent = 100 * share
+    return 1 <= round(percent) <= 99 and abs(percent - round(percent)) < 1e-6
+
+
+def _overlaps(config: Config) -> Iterator[Mistake]:
+    """Prompts or noise that a model both learns from and is judged on."""
+    if config.allow_overlap:
+        return
+    roles = _roles(config)
+    for (one, first), (other, second) in combinations(roles.items(), 2):
+        learns = {path[0] for path in (one, other)} <= {"calibrate", "retrain", "models"}
+        if learns:  # learned from twice, judged on never
+            continue
+        what = _shared(config.prompts[first], config.prompts[second], first == second)
+        if what:
+            key = ".".join(map(str, one))
+            yield other, f"{what} {key}; set allow_overlap: true if that is meant"
+
+
+def _shared(one: PromptSet, other: PromptSet, same: bool) -> str | None:
+    if same:
+        return "is the prompt set of"
+    if one.path is not None and one.path == other.path:
+        return "takes its captions from the file of"
+    if max(one.seed, other.seed) < min(one.seed + one.count, other.seed + other.count):
+        return "starts from noise (its seeds) of"
+    return None
+
+
+def _amounts(config: Config) -> Iterator[Mistake]:
+    """Batches larger than the data, steps beyond those there are."""
+    calibration = config.prompts[config.calibrate.prompts].count
+    evaluation = config.prompts[config.evaluate.prompts].count
+    chosen = config.evaluate
+    if evaluation < 2:
+        yield ("prompts", config.evaluate.prompts, "count"), "two pictures at least are judged"
+    if chosen.efficiency and chosen.efficiency.batch_size > evaluation:
+        path = ("evaluate", "efficiency", "batch_size")
+        yield path, f"{chosen.efficiency.batch_size} of {evaluation} prompts"
+    if chosen.mask_cost and chosen.mask_cost.batch > calibration:
+        path = ("evaluate", "mask_cost", "batch")
+        yield path, f"{chosen.mask_cost.batch} of {calibration} prompts"
+    for model, own in config.models.items():
+        for key, message in _mask_amounts(own.mask, calibration, own.call.num_inference_steps):
+            yield _own_or_shared(config, model, key), message
+        for point in config.ablations_of(model):
+            for key, message in _mask_amounts(
+                point.settings, calibration, own.call.num_inference_steps
+            ):
+                if key in point.changes:
+                    yield ("ablations", "vary", key), message
+        for kind in {v.retrain for v in config.variants_of(model)} - {None}:
+            section = getattr(own.retrain, str(kind))
+            count = config.prompts[section.prompts or config.calibrate.prompts].count
+            if section.batch > count:
+                yield ("retrain", str(kind), "batch"), f"{section.batch} of {count} prompts"
+
+
+def _mask_amounts(mask: MaskSettings, prompts: int, steps: int) -> Iterator[tuple[str, str]]:
+    used = prompts if mask.prompts is None else mask.prompts
+    if used > prompts:
+        yield "prompts", f"{used} of {prompts} prompts"
+    elif mask.batch > used:
+        yield "batch", f"{mask.batch} of {used} prompts"
+    if isinstance(mask.keep_steps, int) and mask.keep_steps > steps:
+        yield "keep_steps", f"{mask.keep_steps} of {steps} steps"
+
+
+def _own_or_shared(config: Config, model: str, key: str) -> tuple[str | int, ...]:
+    """Where a model's mask setting comes from: its own section, or the shared one."""
+    own = config.models[model].mask
+    shared = getattr(own, key) == getattr(config.mask, key)
+    return ("mask", key) if shared else ("models", model, "mask", key)

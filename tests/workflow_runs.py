@@ -1,0 +1,63 @@
+"""Runs of the workflow in a folder of their own, as users start them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+CALL = {"num_inference_steps": 2, "max_sequence_length": 16, "height": 64, "width": 64}
+
+
+def snakemake(folder: Path, *words: Any, root: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Run Snakemake with a folder as its working directory."""
+    command = [sys.executable, "-m", "snakemake", "--snakefile", root / "Snakefile"]
+    command += ["--directory", folder, *words]
+    environment = {**os.environ, "PYTHONPATH": str(root), "PATH": f"{BIN}:{os.environ['PATH']}"}
+    return subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, env=environment, cwd=folder
+    )
+
+
+def tiny_models(folder: Path) -> None:
+    """A FLUX-shaped pipeline and a CLIP model of random weights, as `tiny` and `clip`."""
+    from tiny import tiny_flux
+
+    from ecodiff.toys import clip
+
+    tiny_flux().save_pretrained(folder / "tiny")
+    clip.save(clip.CLIP(**clip.CONFIG), folder / "clip")
+
+
+def tiny_run(**changes: Any) -> dict[str, Any]:
+    """The config of the smallest run: one variant of the tiny model, nothing learned or timed."""
+    return {
+        "run": "small",
+        "models": {"tiny": {"source": "tiny", "call": CALL, "load": {"device": "cpu"}}},
+        "variants": [{"method": "random", "sparsities": [0.2]}],
+        "prompts": {
+            "calibration": {"source": "shapeworld", "count": 4, "seed": 900},
+            "evaluation": {"source": "shapeworld", "split": "held-out", "count": 4},
+        },
+        "mask": {"batch": 2},
+        "evaluate": {
+            "features": "clip",
+            "clip_model": "local-dir:clip",
+            "clip_pretrained": None,
+            "efficiency": None,
+            "mask_cost": None,
+        },
+        **changes,
+    }
+
+
+def run(folder: Path, config: dict[str, Any], *words: Any) -> subprocess.CompletedProcess[str]:
+    """Write a config and run it."""
+    (folder / "run.yaml").write_text(yaml.safe_dump(config))
+    return snakemake(folder, "--configfile", "run.yaml", "--cores", 2, *words)
