@@ -78,7 +78,7 @@ def test_debug_shows_where_an_error_comes_from(tmp_path, capsys, monkeypatch, wa
     assert ecodiff(*debug, *words) == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("Traceback")
-    assert lines[-1].startswith("ecodiff: error: count: ")
+    assert lines[-1].startswith("ecodiff: error: --settings: count: ")
 
 
 def test_a_word_that_is_no_verb_is_status_2(capsys):
