@@ -89,6 +89,12 @@ def with_a_broken_tokenizer(folder: Path) -> None:
     (toy(folder) / "tokenizer_2/tokenizer.json").write_text("{")
 
 
+def another_of_its_shapes(folder: Path) -> None:
+    path = toy(folder) / "transformer/diffusion_pytorch_model.safetensors"
+    weights = {name: value * 1.5 for name, value in load_file(path).items()}
+    save_file(weights, path, metadata={"format": "pt"})
+
+
 def pickled(folder: Path) -> None:
     toy(folder)
     for file in (folder / "toy").rglob("*.safetensors"):
@@ -107,6 +113,12 @@ def table(folder: Path, **columns: object) -> None:
 
 def table_of(**columns: object) -> Callable[[Path], object]:
     return lambda folder: table(folder, **columns)
+
+
+def another_table(folder: Path) -> None:
+    rows = pd.read_parquet(folder / "t.parquet")
+    rows["prompt"] = rows["prompt"].tolist()[::-1]
+    rows.to_parquet(folder / "other.parquet")
 
 
 def shard_with_nan(folder: Path) -> None:
@@ -143,7 +155,7 @@ def read(name: str, **settings: object) -> tuple[object, ...]:
     return ("prompts", "out.parquet", "--settings", json.dumps(chosen))
 
 
-def judge(*variants: str) -> tuple[object, ...]:
+def judge(*variants: str, rows: str = "t.parquet") -> tuple[object, ...]:
     named = [word for one in variants for word in ("--variant", one)]
     return (
         "evaluate",
@@ -158,7 +170,7 @@ def judge(*variants: str) -> tuple[object, ...]:
 
 CASES = [
     # Nothing of the user's is replaced, and nothing that is read.
-    Case("B1 folder", score("d"), "d: .*not written", thesis),
+    Case("B1 folder", score("d"), "d: exists", thesis),
     Case("B1 file", score("own.txt"), "own.txt: .*not written", thesis),
     Case("B1 prompts", ("prompts", "d", "--settings", SHAPES), "d", thesis),
     Case("B1 pictures", ("prompts", "p", "--pictures", "d", "--settings", SHAPES), "d: ", thesis),
@@ -179,7 +191,9 @@ CASES = [
     Case("pickles", draw(model="toy"), "safetensors|pickle", pickled),
     Case("no model", draw(model="none"), "source: "),
     # Prompt files.
-    Case("B7", read("p.csv", count=2), "row 2", text("p.csv", "prompt\na ring\na, b\n")),
+    Case(
+        "B7", read("p.csv", count=2), "line 3.*separator", text("p.csv", "prompt\na ring\na, b\n")
+    ),
     Case("P1 utf-16", read("p.txt"), "UTF", text("p.txt", "a ring".encode("utf-16"))),
     Case("P1 cp1252", read("p.txt"), "line 2.*iconv", text("p.txt", b"a\ncaf\xe9\n")),
     Case("P1 empty", read("p.csv"), "p.csv", text("p.csv", "")),
@@ -217,6 +231,8 @@ CASES = [
     Case("no mask", ("prune", TOY, "none", "x"), "none"),
     Case("another file", ("prune", TOY, "t.parquet", "x"), "t.parquet"),
     # Results that belong together.
+    Case("B21", ("prune", "toy", "mask", "x"), "another model", another_of_its_shapes),
+    Case("B20", judge("dense=images", rows="other.parquet"), "other.parquet", another_table),
     Case("B16", judge("dense=images", "dense=images"), "dense"),
     Case("B18", judge("dense=images", "x=nan"), "2", shard_with_nan),
     Case("P20 no name", judge("images"), "="),
@@ -236,6 +252,8 @@ def place(tmp_path_factory):
     shapes = "{source: shapeworld, count: 4, seed: 5}"
     assert ecodiff("prompts", folder / "t.parquet", "--settings", shapes) == 0
     words = ("generate", TOY, folder / "t.parquet", folder / "images", "--call", CALL, *CPU)
+    assert ecodiff(*words) == 0
+    words = ("mask", TOY, folder / "mask", "--method", "magnitude", "--percent", 10, *CPU)
     assert ecodiff(*words) == 0
     return folder
 

@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -141,7 +143,7 @@ def test_a_deleted_shard_is_drawn_again_and_nothing_else(finished):
     before = table_of(finished)
     shutil.rmtree(finished / "results/small/tiny/random-20/images/0")
     done = jobs(run(finished, judged_on("txt")))
-    assert sorted(done) == ["all", "figures", "generate", "quality", "tables"]
+    assert sorted(done) == ["figures", "generate", "quality", "tables"]
     pd.testing.assert_frame_equal(table_of(finished), before)
 
 
@@ -182,6 +184,16 @@ def test_a_users_error_in_a_job_is_said_once_and_last(finished):
     *_, last = [line for line in done.stderr.splitlines() if line.startswith("ecodiff: error: ")]
     assert "63" in last
     assert done.stderr.count("height") < 6
+
+
+def test_the_environment_may_lie_in_a_folder_with_a_space(finished, tmp_path):
+    place = tmp_path / "an environment"
+    place.symlink_to(Path(sys.executable).parents[1])
+    config = judged_on("txt")
+    config["run"] = "spaced"
+    python = place / "bin" / Path(sys.executable).name
+    done = run(finished, config, "results/spaced/tiny/calibration.safetensors", python=python)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("source", ["$(touch pwned)/x", "`touch pwned`", "a; touch pwned"])

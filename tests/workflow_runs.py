@@ -11,15 +11,17 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).parents[1]
-BIN = Path(sys.executable).parent
 CALL = {"num_inference_steps": 2, "max_sequence_length": 16, "height": 64, "width": 64}
 
 
-def snakemake(folder: Path, *words: Any, root: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """Run Snakemake with a folder as its working directory."""
-    command = [sys.executable, "-m", "snakemake", "--snakefile", root / "Snakefile"]
+def snakemake(
+    folder: Path, *words: Any, root: Path = ROOT, python: Path = Path(sys.executable)
+) -> subprocess.CompletedProcess[str]:
+    """Run Snakemake with a folder as its working directory, by a Python of an environment."""
+    command = [python, "-m", "snakemake", "--snakefile", root / "Snakefile"]
     command += ["--directory", folder, *words]
-    environment = {**os.environ, "PYTHONPATH": str(root), "PATH": f"{BIN}:{os.environ['PATH']}"}
+    path = f"{python.parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PYTHONPATH": str(root), "PATH": path}
     return subprocess.run(
         list(map(str, command)), capture_output=True, text=True, env=environment, cwd=folder
     )
@@ -57,7 +59,9 @@ def tiny_run(**changes: Any) -> dict[str, Any]:
     }
 
 
-def run(folder: Path, config: dict[str, Any], *words: Any) -> subprocess.CompletedProcess[str]:
+def run(
+    folder: Path, config: dict[str, Any], *words: Any, **options: Any
+) -> subprocess.CompletedProcess[str]:
     """Write a config and run it."""
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
-    return snakemake(folder, "--configfile", "run.yaml", "--cores", 2, *words)
+    return snakemake(folder, "--configfile", "run.yaml", "--cores", 2, *words, **options)
