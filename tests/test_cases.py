@@ -134,7 +134,7 @@ def shard_with_nan(folder: Path) -> None:
 
 
 SHAPES = "{source: shapeworld, count: 2}"
-JUDGE_BY = {
+JUDGED_BY = {
     "features": "clip",
     "clip_model": f"local-dir:{ROOT}/resources/toys/toy-clip",
     "clip_pretrained": None,
@@ -157,15 +157,7 @@ def read(name: str, **settings: object) -> tuple[object, ...]:
 
 def judge(*variants: str, rows: str = "t.parquet") -> tuple[object, ...]:
     named = [word for one in variants for word in ("--variant", one)]
-    return (
-        "evaluate",
-        "quality",
-        "t.parquet",
-        "q.json",
-        *named,
-        "--settings",
-        json.dumps(JUDGE_BY),
-    )
+    return ("evaluate", "quality", rows, "q.json", *named, "--settings", json.dumps(JUDGED_BY))
 
 
 CASES = [
