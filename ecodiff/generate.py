@@ -27,18 +27,6 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
-def shard_of(prompts: pd.DataFrame, shard: int, shard_size: int) -> pd.DataFrame:
-    """The rows of one shard: `shard_size` rows of the table, the last shard maybe fewer.
-
-    Raises:
-        UserError: the table has no such shard.
-    """
-    shards = -(-len(prompts) // shard_size)
-    if not 0 <= shard < shards:
-        raise UserError(f"shard: {shard} is not one of 0 to {shards - 1} ({len(prompts)} prompts)")
-    return prompts.iloc[shard * shard_size : (shard + 1) * shard_size]
-
-
 def generate(
     pipe: DiffusionPipeline,
     prompts: pd.DataFrame,

@@ -29,6 +29,7 @@ for verb in (
     stages.grams,
     stages.mask,
     stages.prune,
+    stages.trajectory,
     stages.retrain,
     stages.generate,
 ):

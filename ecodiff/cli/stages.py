@@ -22,7 +22,14 @@ from ecodiff.cli.common import (
     job,
     weight_bytes,
 )
-from ecodiff.config.sections import MaskSettings, PromptSet, PruneSettings, RetrainSettings
+from ecodiff.config.reading import read_settings
+from ecodiff.config.sections import (
+    MaskSettings,
+    PromptSet,
+    PruneSettings,
+    RetrainSection,
+    RetrainSettings,
+)
 from ecodiff.runtime.errors import UserError
 
 
@@ -178,39 +185,72 @@ def prune(
         details |= {"mask": wanted.info, **chosen.model_dump()}
 
 
-def retrain(
-    model: Annotated[str, typer.Argument(help="Folder of a pruned model.")],
-    record: Record,
+def trajectory(
+    model: Model,
+    table: Table,
     out: Out,
-    kind: Annotated[str, typer.Option(help="lora or full: which section of the config.")] = "lora",
-    settings: Text = None,
-    dense: Annotated[str | None, typer.Option(help="The dense model, for distillation.")] = None,
+    call: Call = None,
+    batch_size: Batch = 16,
+    shard: Annotated[int, typer.Option(min=0, help="Which part of the table.")] = 0,
+    shard_size: Annotated[int | None, typer.Option(min=1, help="Rows a part; all.")] = None,
     load: Load = None,
     config: ConfigFile = None,
     of: Of = None,
 ) -> None:
-    """Retrain a pruned model on what the dense model generated."""
-    from ecodiff.calibrate import Calibration
+    """Record what the dense model reads and predicts at each step, for retraining."""
+    from ecodiff.prompts import read_prompts, shard_of
+    from ecodiff.retrain.trajectory import record
+    from ecodiff.runtime.artifacts import atomic
+
+    source, rows = Source(config, of), read_prompts(table)
+    arguments = source.call(call)
+    rows = shard_of(rows, shard, shard_size or len(rows))
+    with job(
+        "retrain.trajectory",
+        folders=[out],
+        reads=[model, table, config],
+        model=model,
+        prompts=str(table),
+        call=arguments,
+    ):
+        pipe = source.load(model, load)
+        with atomic(out, folder=True) as folder:
+            record(pipe, [*rows["prompt"]], [*rows["seed"]], arguments, batch_size, folder)
+
+
+def retrain(
+    model: Annotated[str, typer.Argument(help="Folder of a pruned model.")],
+    out: Out,
+    data: Annotated[list[Path], typer.Option(help="What `ecodiff trajectory` wrote; repeatable.")],
+    kind: Annotated[str, typer.Option(help="lora, full or light: which section.")] = "lora",
+    settings: Text = None,
+    load: Load = None,
+    config: ConfigFile = None,
+    of: Of = None,
+) -> None:
+    """Teach a pruned model to predict what the dense one predicted."""
     from ecodiff.models.saving import save
     from ecodiff.retrain.train import retrain as train
     from ecodiff.runtime.artifacts import atomic
+    from ecodiff.runtime.state import unfinished
 
     source = Source(config, of)
-    chosen = source.of_model(RetrainSettings, settings, "retrain", kind)
-    data = Calibration.load(record)
+    kinds = source.of_model(RetrainSection, None, "retrain")
+    if kind not in RetrainSection.model_fields:
+        raise UserError(f"--kind: {kind} is not one of {', '.join(RetrainSection.model_fields)}")
+    changes = getattr(kinds, kind).model_dump()
+    chosen = read_settings(RetrainSettings, settings, changes, name="--settings")
     with job(
         "retrain",
         folders=[out],
-        reads=[model, record, dense, config],
+        reads=[model, *data, config],
         bytes_needed=weight_bytes(model),
         model=model,
-        data=str(record),
+        data=[*map(str, data)],
         **chosen.model_dump(),
     ):
-        pipe, teacher = source.load(model, load), None
-        if dense and chosen.distillation:
-            teacher = source.load(dense, load, encoders=False)
-        curve = train(pipe, data, chosen, teacher)
+        pipe = source.load(model, load)
+        curve = train(pipe, data, chosen, unfinished(out))
         with atomic(out, folder=True) as folder:
             save(pipe, folder)
             curve.to_csv(folder / "history.csv", index=False)
@@ -230,8 +270,7 @@ def generate(
 ) -> None:
     """Draw a picture for each prompt of a table."""
     from ecodiff.generate import generate as draw
-    from ecodiff.generate import shard_of
-    from ecodiff.prompts import read_prompts
+    from ecodiff.prompts import read_prompts, shard_of
 
     source, rows = Source(config, of), read_prompts(table)
     arguments = source.call(call)

@@ -110,11 +110,11 @@ def _roles(config: Config) -> dict[tuple[str | int, ...], str]:
         ("calibrate", "prompts"): config.calibrate.prompts,
         ("evaluate", "prompts"): config.evaluate.prompts,
     }
-    for kind, section in (("lora", config.retrain.lora), ("full", config.retrain.full)):
+    for kind, section in config.retrain:
         if section.prompts is not None:
             roles["retrain", kind, "prompts"] = section.prompts
     for model, own in config.models.items():
-        for kind, section in (("lora", own.retrain.lora), ("full", own.retrain.full)):
+        for kind, section in own.retrain:
             if section.prompts not in (None, roles.get(("retrain", kind, "prompts"))):
                 roles["models", model, "retrain", kind, "prompts"] = str(section.prompts)
     if config.ablations:
@@ -207,8 +207,9 @@ def _amounts(config: Config) -> Iterator[Mistake]:
         for kind in {v.retrain for v in config.variants_of(model)} - {None}:
             section = getattr(own.retrain, str(kind))
             count = config.prompts[section.prompts or config.calibrate.prompts].count
-            if section.batch > count:
-                yield ("retrain", str(kind), "batch"), f"{section.batch} of {count} prompts"
+            if 2 * section.batch > count:
+                message = f"{section.batch} of {count} prompts; two batches at least are needed"
+                yield ("retrain", str(kind), "batch"), message
 
 
 def _mask_amounts(mask: MaskSettings, prompts: int, steps: int) -> Iterator[tuple[str, str]]:

@@ -197,16 +197,20 @@ class Plan:
         section = self.config.models[model].retrain
         return getattr(section, Variant.parse(variant).retrain or "")
 
-    def retraining_data(self, model: str, variant: str) -> str:
-        """What the dense model made of the prompts that a variant is retrained on."""
-        prompts = self.retraining(model, variant).prompts
-        return self._record(model, prompts or self.config.calibrate.prompts)
+    def trajectories(self, model: str, variant: str) -> list[str]:
+        """The dense model's trajectory that a variant is retrained on, in shards."""
+        settings = self.retraining(model, variant)
+        prompts = settings.prompts or self.config.calibrate.prompts
+        folder = f"{self.results}/{model}/trajectories/{prompts}-{settings.batch}"
+        return [f"{folder}/{shard}" for shard in range(self._shards(prompts))]
 
     def shards(self, model: str, variant: str) -> list[str]:
         """The image shards of a variant."""
-        prompts = self.config.prompts[self.config.evaluate.prompts].count
-        count = -(-prompts // self.config.generate.shard_size)
+        count = self._shards(self.config.evaluate.prompts)
         return [f"{self.results}/{model}/{variant}/images/{shard}" for shard in range(count)]
+
+    def _shards(self, prompts: str) -> int:
+        return -(-self.config.prompts[prompts].count // self.config.generate.shard_size)
 
     def shards_of_all(self, model: str) -> list[str]:
         """The image shards of all variants of a model, the dense one first."""

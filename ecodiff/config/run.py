@@ -96,7 +96,7 @@ class Config(Settings):
         kinds = [
             section
             for model in (self, *self.models.values())
-            for section in (model.retrain.lora, model.retrain.full)
+            for section in (model.retrain.lora, model.retrain.full, model.retrain.light)
         ]
         names = (kind.prompts for kind in kinds if kind.prompts is not None)
         return [*dict.fromkeys([self.calibrate.prompts, *names])]

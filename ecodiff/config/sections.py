@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
@@ -28,7 +28,7 @@ from pydantic import (
 from ecodiff.config.methods import METHODS
 
 MethodName = Literal[tuple(METHODS)]  # type: ignore[valid-type]
-RetrainKind = Literal["lora", "full"]
+RetrainKind = Literal["lora", "full", "light"]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
 Share = Annotated[float, Field(gt=0, lt=1)]
 FilePath = Annotated[str, AfterValidator(os.path.expanduser)]
@@ -308,52 +308,62 @@ class MaskSettings(Settings):
 
 
 class RetrainSettings(Settings):
-    """How a pruned model is retrained on final latents of the dense model."""
+    """How a pruned model learns to predict what the dense one predicted, on its own trajectory."""
 
     kind: RetrainKind = "lora"
-    """`lora`: low-rank updates of attention and feed-forward linears. `full`: all weights, trained
-    in float32 with two optimiser moments per weight."""
+    """`lora`: low-rank updates of attention and feed-forward linears, merged into the weights at
+    the end. `full`: all weights, 16 bytes a parameter. `light`: biases and norms alone."""
     prompts: Name | None = None
-    """Prompt set whose final latents it learns from; null: the calibration set."""
+    """Prompt set that the dense model's trajectory is recorded on; null: the calibration set. A
+    hundred prompts are few: 400 to 5,000."""
     rank: PositiveInt = 16
-    """lora: rank of the updates, which are merged into the weights at the end. 4 to 256; the paper
-    uses 16 for SDXL and 256 for FLUX."""
-    lr: PositiveFloat = 1e-4
-    """Learning rate of AdamW. 1e-6 to 1e-3 for lora, 1e-7 to 1e-4 for full; the paper uses 1e-6 and
-    1e-7."""
+    """lora: rank of the updates. 4 to 256; the paper uses 16 for SDXL and 256 for FLUX."""
+    lr: PositiveFloat = 1e-3
+    """Learning rate of AdamW at its highest. On the toys 3e-4 to 2e-3; the paper uses 1e-6 for lora
+    and 1e-7 for full, for 10,000 steps and more of a batch of 32."""
+    warmup: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """Share of the steps over which the learning rate rises; then it falls by a cosine to 0."""
     steps: PositiveInt = 1000
-    """Updates; time grows in proportion. 100 for a toy; the paper uses 10,000 to 40,000."""
-    batch: PositiveInt = 8
-    """Prompts per update; activation memory grows in proportion. The paper uses 4 to 32."""
+    """Updates; time grows in proportion. 200 to 600 for a toy; the paper uses 10,000 to 40,000."""
+    batch: PositiveInt = 16
+    """Prompts per update, all at one step of the trajectory; activation memory grows in proportion.
+    The paper uses 4 to 32."""
+    clip: PositiveFloat = 1.0
+    """Largest norm of an update's gradient."""
+    save_every: PositiveInt = 100
+    """Steps after which the state is written: a job that is killed loses at most so many."""
     seed: Seed = 0
-    """Of the order of prompts, timesteps, noise and the initial LoRA weights."""
-    distillation: NonNegativeFloat = 0.0
-    """Weight of the squared distance to the dense model's prediction, added to the training loss.
-    0: none; 1: as much as the training loss. Above 0 the dense denoiser stays in memory and runs
-    once per update."""
+    """Of the order of batches and steps, and of the first LoRA weights."""
 
 
 class RetrainSection(Settings):
-    """The settings of the two kinds of retraining that variants can name."""
+    """The settings of the kinds of retraining that variants can name."""
 
     lora: RetrainSettings = RetrainSettings(kind="lora")
-    full: RetrainSettings = RetrainSettings(kind="full", lr=1e-5)
+    full: RetrainSettings = RetrainSettings(kind="full", lr=3e-4)
+    light: RetrainSettings = RetrainSettings(kind="light")
 
     @model_validator(mode="before")
     @classmethod
     def _kind_is_the_key(cls, data: Any) -> Any:
+        """Each kind's values are put over its own defaults."""
         if not isinstance(data, Mapping):
             return data
         return {
-            key: {"kind": key, **value} if isinstance(value, Mapping) else value
+            key: {**_retraining(key), **value} if isinstance(value, Mapping) else value
             for key, value in data.items()
         }
 
     @model_validator(mode="after")
     def _kinds_agree(self) -> RetrainSection:
-        if self.lora.kind != "lora" or self.full.kind != "full":
+        if any(getattr(self, kind).kind != kind for kind in get_args(RetrainKind)):
             raise ValueError("kind must be the name of its section")
         return self
+
+
+def _retraining(kind: str) -> dict[str, Any]:
+    field = RetrainSection.model_fields.get(kind)
+    return field.default.model_dump() if field else {}
 
 
 class CalibrateSettings(Settings):

@@ -46,7 +46,8 @@ class VariantSettings(Settings):
     """One variant for each of these seeds; null: one, with the seed of the section `mask`. Each
     seed scores all units again."""
     retrain: RetrainKind | None = None
-    """Retrain the pruned model with the settings of `retrain.lora` or `retrain.full`; null: not."""
+    """Retrain the pruned model with the settings of `retrain.lora`, `retrain.full` or
+    `retrain.light`; null: not."""
     models: NonEmpty[Name] | None = None
     """The models it applies to; null: all."""
 
@@ -75,7 +76,8 @@ class VariantSettings(Settings):
 class Variant:
     """One version of a model. Its name is used for folders and table rows:
 
-    `dense` or `{method}-{percent}[-s{seed}][-comp][-lora|-full]`, such as `ecodiff-30-comp-lora`.
+    `dense` or `{method}-{percent}[-s{seed}][-comp][-lora|-full|-light]`, such as
+    `ecodiff-30-comp-lora`.
 
     Attributes:
         method: a key of `METHODS`, or `dense` for the untouched model.
@@ -132,7 +134,7 @@ class Variant:
         if match is None:
             raise UserError(
                 f"variant {name!r}: expected dense or "
-                f"({'|'.join(METHODS)})-<percent>[-s<seed>][-comp][-lora|-full]"
+                f"({'|'.join(METHODS)})-<percent>[-s<seed>][-comp][-lora|-full|-light]"
             )
         if match["method"] is None:
             return cls()
@@ -143,5 +145,5 @@ class Variant:
 
 VARIANT_NAME = re.compile(
     rf"dense|(?P<method>{'|'.join(METHODS)})-(?P<percent>[1-9]\d?)"
-    r"(?:-s(?P<seed>\d+))?(?P<comp>-comp)?(?:-(?P<retrain>lora|full))?"
+    r"(?:-s(?P<seed>\d+))?(?P<comp>-comp)?(?:-(?P<retrain>lora|full|light))?"
 )

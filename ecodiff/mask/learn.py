@@ -7,23 +7,14 @@ says when memory does not suffice. One update is in `learner`.
 from __future__ import annotations
 
 import logging
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
 from diffusers import DiffusionPipeline
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from torch import Tensor
 
 from ecodiff.calibrate import Calibration
@@ -31,6 +22,7 @@ from ecodiff.config.sections import MaskSettings
 from ecodiff.mask.learner import Learner
 from ecodiff.runtime.code import code_hash
 from ecodiff.runtime.errors import Stopped, UserError
+from ecodiff.runtime.progress import Row, watched
 from ecodiff.runtime.state import State, Termination
 from ecodiff.trajectory.rollout import frozen
 
@@ -95,7 +87,7 @@ def learn_mask(
         _memory_explained(settings),
         termination.heeded(),
         frozen(learner.denoiser),
-        _watched(settings.iterations, state.path) as show,
+        watched(settings.iterations, partial(_line, settings.iterations), state.path) as show,
     ):
         history = learner.begin(state)
         while len(history) < settings.iterations and not learner.is_settled(history):
@@ -116,45 +108,6 @@ def learn_mask(
     state.discard()
     scores = {name: logits.detach().cpu().clone() for name, logits in learner.gates.logits.items()}
     return scores, pd.DataFrame(history, columns=list(COLUMNS))
-
-
-@contextmanager
-def _watched(iterations: int, scratch: Path | None) -> Iterator[Callable[[dict[str, float]], None]]:
-    """Yield a function that shows one row of the history.
-
-    On a terminal it is a progress bar, otherwise a line of the log per row. Where TensorBoard is
-    installed, rows are also written to the folder `tensorboard` beside the state.
-    """
-    board = _tensorboard(scratch)
-    console = Console(stderr=True)
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
-    plain = not sys.stderr.isatty()
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=plain) as bar:
-        task = bar.add_task("", total=iterations)
-
-        def show(row: dict[str, float]) -> None:
-            line = _line(row, iterations)
-            bar.update(task, completed=row["iteration"] + 1, description=line)
-            if plain:
-                log.info("%s", line)
-            if board is not None:
-                for name, value in row.items():
-                    board.add_scalar(name, value, row["iteration"])
-
-        yield show
-    if board is not None:
-        board.close()
-
-
-def _tensorboard(scratch: Path | None) -> Any:
-    """A TensorBoard writer; None where it is not installed or there is no scratch folder."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    if scratch is None:
-        return None
-    return SummaryWriter(scratch.with_name(f"{scratch.stem.lstrip('.')}.tensorboard"))
 
 
 @contextmanager
@@ -179,7 +132,7 @@ def _what_fits(settings: MaskSettings) -> str:
     return "one prompt does not fit: load the model in bfloat16, or spread it with device_map"
 
 
-def _line(row: dict[str, float], iterations: int) -> str:
+def _line(iterations: int, row: Row) -> str:
     return (
         f"mask {row['iteration'] + 1:.0f}/{iterations} distortion {row['distortion']:.5f}"
         f" expected sparsity {row['expected_sparsity']:.4f} ({row['seconds']:.1f} s)"

@@ -61,6 +61,18 @@ def make_prompts(settings: PromptSet, images: str | Path) -> pd.DataFrame:
     return table
 
 
+def shard_of(prompts: pd.DataFrame, shard: int, shard_size: int) -> pd.DataFrame:
+    """The rows of one shard: `shard_size` rows of the table, the last shard maybe fewer.
+
+    Raises:
+        UserError: the table has no such shard.
+    """
+    shards = -(-len(prompts) // shard_size)
+    if not 0 <= shard < shards:
+        raise UserError(f"shard: {shard} is not one of 0 to {shards - 1} ({len(prompts)} prompts)")
+    return prompts.iloc[shard * shard_size : (shard + 1) * shard_size]
+
+
 def say_shared(table: pd.DataFrame, learned: pd.DataFrame, name: str | Path) -> None:
     """Log how many captions of a table are also in one that models learn from."""
     shared = int(table["prompt"].isin(learned["prompt"]).sum())

@@ -10,9 +10,9 @@ from ecodiff.config.methods import METHODS
 from ecodiff.config.variants import Variant
 
 BLACK = "#000000"
-MARKERS = {None: "o", "lora": "^", "full": "s"}
+MARKERS = {None: "o", "lora": "^", "full": "s", "light": "v"}
 REMOVED = "Parameters removed (% of the denoiser)"
-RETRAINED = {None: "", "lora": " + LoRA", "full": " + retraining"}
+RETRAINED = {None: "", "lora": " + LoRA", "full": " + retraining", "light": " + biases and norms"}
 
 
 def colour(variant: Variant) -> str:

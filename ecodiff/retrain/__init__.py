@@ -1,7 +1,1 @@
-"""The stage `retrain`: train a pruned model on what the dense model generates."""
-
-from __future__ import annotations
-
-from ecodiff.retrain.train import retrain
-
-__all__ = ["retrain"]
+"""The stage `retrain`: a pruned model learns from the dense one."""

@@ -1,158 +1,205 @@
-"""Retrain a pruned denoiser on the dense model's latents, by LoRA or full fine-tuning."""
+"""Retraining: a pruned denoiser learns to predict what the dense one predicted (distillation).
+
+    loss = mean((eps'(x_t, t, c) - eps(x_t, t, c))^2) / var(eps)
+
+with x_t the dense model's own latents at the steps it draws in, and eps its predictions there, with
+both branches of classifier-free guidance: guidance multiplies what the unconditional branch drifts.
+"""
 
 from __future__ import annotations
 
+import logging
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
 from diffusers import DiffusionPipeline
-from peft import LoraConfig, LoraModel
-from rich.progress import track
+from diffusers.optimization import get_cosine_schedule_with_warmup
 from torch import Tensor, nn
-from torch.nn import functional
 
-from ecodiff.calibrate import Calibration
 from ecodiff.config.sections import RetrainSettings
-from ecodiff.models.pipelines import check_dense
-from ecodiff.models.saving import dense_structures
+from ecodiff.models.pipelines import dense_fingerprint
 from ecodiff.models.structures import denoiser_of
-from ecodiff.runtime.errors import UserError
-from ecodiff.trajectory.denoising_loss import conditioned, objective
+from ecodiff.retrain.kinds import trainable
+from ecodiff.retrain.trajectory import Trajectory, read
+from ecodiff.runtime.code import code_hash
+from ecodiff.runtime.errors import Stopped, UserError
+from ecodiff.runtime.progress import Row, watched
+from ecodiff.runtime.state import State, Termination
+
+COLUMNS = ("step", "loss", "held_out", "lr", "seconds")
+HELD_OUT = 0.1  # share of the recorded batches that nothing is learned from
+CHECKS = 10  # how often a run looks at them
+COST_ONLY = {"save_every"}  # settings that change no weight
+
+log = logging.getLogger(__name__)
 
 
 def retrain(
     pipe: DiffusionPipeline,
-    calibration: Calibration,
+    data: Sequence[Path],
     settings: RetrainSettings,
-    teacher: DiffusionPipeline | None = None,
+    scratch: Path | None = None,
 ) -> pd.DataFrame:
-    """Train the denoiser in place on the model's own training loss (EcoDiff, "retraining").
-
-        loss = mse(prediction, target) + distillation * mse(prediction, dense prediction)
-
-    on noised final latents of the dense model; prediction and target are noise, v or flow, as the
-    scheduler says.
+    """Train the denoiser of a pruned pipeline in place.
 
     Args:
         pipe: the pruned pipeline; its denoiser keeps class, shapes, dtype and device.
-        calibration: embeddings and z0 of the dense model that it was pruned from.
-        settings: the section `retrain.lora` or `retrain.full`.
-        teacher: that dense model, on the same device; needed for distillation.
+        data: folders of `trajectory.record`, of the dense model that it was pruned from.
+        settings: the section `retrain.lora`, `retrain.full` or `retrain.light`.
+        scratch: file for the state of an unfinished run, which is continued from there.
 
     Returns:
-        One row per step: step, loss, distillation (without its weight), seconds since the start.
+        A row a step: step, loss, held_out (the loss on batches that it does not learn from, NaN at
+        steps between checks), lr, seconds since the start.
 
     Raises:
-        UserError: distillation without a teacher, a calibration or teacher of another model, a
-            batch larger than the calibration, a rank above the layers' widths, a scheduler that
-            isn't supported, or a loss that is not finite; with LoRA the denoiser is then as it was.
+        UserError: the data are of another model or there are too few, a rank above the layers'
+            widths, or a loss that is not finite: step and prompts are named, the last good state is
+            in `scratch`.
+        Stopped: SIGTERM came; the state is in `scratch`.
     """
-    if settings.distillation and teacher is None:
-        raise UserError("retrain: distillation needs the dense model")
-    if teacher is not None:
-        check_dense(pipe, teacher)
-    calibration, count = calibration.for_pruned(pipe), len(calibration.prompts)
-    if settings.batch > count:
-        raise UserError(f"retrain: batch: {settings.batch}, but {calibration.file} has {count}")
     denoiser = denoiser_of(pipe)
-    generator = torch.Generator().manual_seed(settings.seed)
-    history, start = [], time.perf_counter()
-    with _trainable(denoiser, settings) as parameters:
-        # No weight decay: it would pull the dense model's weights towards zero.
-        optimiser = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=0.0)
-        for step in track(range(settings.steps), description=f"retrain ({settings.kind})"):
-            losses = _losses(pipe, calibration, settings, teacher, generator)
-            total = losses[0] + settings.distillation * losses[1]
-            if not total.isfinite():
-                raise UserError(f"retrain: loss is not finite at step {step}; lower the key lr")
-            optimiser.zero_grad()
-            total.backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimiser.step()
-            seconds = time.perf_counter() - start
-            history.append((step, losses[0].item(), losses[1].item(), seconds))
-    return pd.DataFrame(history, columns=["step", "loss", "distillation", "seconds"])
+    batches = read(data, pipe, dense_fingerprint(pipe))
+    kept = max(1, round(HELD_OUT * len(batches)))
+    if len(batches) <= kept:
+        raise UserError(f"retrain: {len(batches)} batch of prompts is too few; two at least")
+    learned, held_out = batches[kept:], batches[:kept]
+    with trainable(denoiser, settings) as parameters:
+        # No weight decay: it would pull the weights towards zero, with no gradient at all.
+        optimiser = torch.optim.AdamW(parameters.values(), lr=settings.lr, weight_decay=0.0)
+        identity = {
+            "code": code_hash("retrain"),
+            "settings": settings.model_dump(exclude=COST_ONLY),
+            "model": dense_fingerprint(pipe),
+            "shapes": {name: list(value.shape) for name, value in parameters.items()},
+            "data": [batch.prompts for batch in batches],
+        }
+        state = State(scratch, identity, parameters, optimiser)
+        loop = _Loop(denoiser, learned, held_out, settings, optimiser, parameters)
+        history = loop.run(state)
+    return pd.DataFrame(history, columns=list(COLUMNS))
 
 
-def _losses(
-    pipe: DiffusionPipeline,
-    calibration: Calibration,
-    settings: RetrainSettings,
-    teacher: DiffusionPipeline | None,
-    generator: torch.Generator,
-) -> tuple[Tensor, Tensor]:
-    """The training loss and the squared distance to the teacher on a random batch, scalars."""
-    denoiser = denoiser_of(pipe)
-    rows = torch.randperm(len(calibration.prompts), generator=generator)[: settings.batch]
-    embeds, start, z0 = calibration.batch(rows, denoiser.device)
-    prepared = conditioned(pipe, embeds, start, calibration.call)
-    learned = objective(pipe.scheduler)
-    timesteps = learned.draw(len(rows), generator).to(denoiser.device)
-    noise = torch.randn(z0.shape, generator=generator).to(denoiser.device)
-    z0 = z0.to(noise)
-    noised = learned.noised(z0, noise, timesteps)
-    predicted = prepared.predict(denoiser, noised, timesteps).float()
-    loss = functional.mse_loss(predicted, learned.target(z0, noise, timesteps))
-    if not settings.distillation:
-        return loss, torch.zeros_like(loss)
-    with torch.no_grad():
-        wanted = prepared.predict(denoiser_of(teacher), noised, timesteps).float()
-    return loss, functional.mse_loss(predicted, wanted)
+class _Loop:
+    """The updates of one run. What an update does depends on its number and the seed alone, so a
+    continued run is the same as one that never stopped."""
 
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        learned: list[Trajectory],
+        held_out: list[Trajectory],
+        settings: RetrainSettings,
+        optimiser: torch.optim.Optimizer,
+        parameters: dict[str, nn.Parameter],
+    ) -> None:
+        self.denoiser, self.learned, self.held_out = denoiser, learned, held_out
+        self.settings, self.optimiser = settings, optimiser
+        self.parameters = list(parameters.values())
+        self.schedule = get_cosine_schedule_with_warmup(
+            optimiser, round(settings.warmup * settings.steps), settings.steps
+        )
 
-@contextmanager
-def _trainable(denoiser: nn.Module, settings: RetrainSettings) -> Iterator[list[nn.Parameter]]:
-    """Yield the parameters to train; then restore `requires_grad` and drop gradients."""
-    wanted = {name: p.requires_grad for name, p in denoiser.named_parameters()}
-    kind = _lora if settings.kind == "lora" else _full
-    try:
-        with kind(denoiser, settings) as parameters:
-            yield parameters
-    finally:
-        for name, parameter in denoiser.named_parameters():
-            parameter.requires_grad_(wanted[name])
-            parameter.grad = None
+    def run(self, state: State) -> list[dict[str, Any]]:
+        """All updates that are left; the whole history."""
+        found = state.restore() or {"history": []}
+        history, settings = found["history"], self.settings
+        before = history[-1]["seconds"] if history else 0.0
+        start, termination = time.perf_counter() - before, Termination()
+        with (
+            termination.heeded(),
+            watched(settings.steps, self._line, state.path) as show,
+        ):
+            while len(history) < settings.steps:
+                try:
+                    loss = self._differentiate(len(history))
+                    with termination.put_off():
+                        history.append(self._apply(len(history), loss, start))
+                        if len(history) % settings.save_every == 0:
+                            state.write({"history": history})
+                except FloatingPointError as error:
+                    state.write({"history": history})
+                    raise UserError(f"retrain: step {len(history)}: {error}") from error
+                except Stopped:
+                    state.write({"history": history})
+                    log.info("retrain: stopped after %s steps; run it again", len(history))
+                    raise
+                show(history[-1])
+        state.discard()
+        return history
 
+    def _differentiate(self, step: int) -> float:
+        """Put the gradient of one batch at one recorded call into the parameters."""
+        batch, number = self._choose(step)
+        self.optimiser.zero_grad(set_to_none=True)
+        loss = self._loss(batch, number)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.settings.clip)
+        if not (loss.isfinite() and norm.isfinite()):
+            raise FloatingPointError(
+                f"the loss is {loss.item()} on prompts {batch.prompts[:3]}...; lower the key lr"
+            )
+        return loss.item()
 
-@contextmanager
-def _lora(denoiser: nn.Module, settings: RetrainSettings) -> Iterator[list[nn.Parameter]]:
-    """LoRA on attention and feed-forward linears: merged at the end, removed after an error."""
-    targets = {
-        port.module
-        for structure in dense_structures(denoiser)
-        if structure.kind != "modulation"
-        for port in (*structure.producers, *structure.consumers)
-    }
-    present = dict(denoiser.named_modules())
-    # An attention without heads has lost its linears, and others may be empty (0 rows or columns).
-    targets = sorted(t for t in targets if t in present and present[t].weight.numel())
-    widest = max((min(present[t].weight.shape[:2]) for t in targets), default=0)
-    if settings.rank > widest:
-        raise UserError(f"retrain: rank: {settings.rank} is above the widest layer's {widest}")
-    config = LoraConfig(r=settings.rank, lora_alpha=settings.rank, target_modules=targets)
-    with torch.random.fork_rng():
-        torch.manual_seed(settings.seed)
-        adapted = LoraModel(denoiser, config, "default")
-    try:
-        yield [p for p in denoiser.parameters() if p.requires_grad]
-    except BaseException:
-        adapted.unload()
-        raise
-    adapted.merge_and_unload()
+    def _apply(self, step: int, loss: float, start: float) -> dict[str, float]:
+        # The schedule has no memory of its own: it is set to the step, also after a restart.
+        factor = self.schedule.lr_lambdas[0](step)
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.settings.lr * factor
+        self.optimiser.step()
+        last = step + 1 == self.settings.steps
+        checked = last or step % max(1, self.settings.steps // CHECKS) == 0
+        return {
+            "step": step,
+            "loss": loss,
+            "held_out": self._on_held_out() if checked else math.nan,
+            "lr": self.settings.lr * factor,
+            "seconds": time.perf_counter() - start,
+        }
 
+    def _choose(self, step: int) -> tuple[Trajectory, int]:
+        """All calls of all batches are seen once, in random order, before any is seen again."""
+        calls = [range(batch.steps) for batch in self.learned]
+        places = [(batch, call) for batch, found in enumerate(calls) for call in found]
+        epoch, place = divmod(step, len(places))
+        generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + epoch)
+        order = torch.randperm(len(places), generator=generator)
+        batch, call = places[int(order[place])]
+        return self.learned[batch], call
 
-@contextmanager
-def _full(denoiser: nn.Module, settings: RetrainSettings) -> Iterator[list[nn.Parameter]]:
-    """All weights, in float32: small updates would be lost to rounding in half precision."""
-    dtype = denoiser.dtype
-    if dtype != torch.float32:
-        denoiser.to(torch.float32)
-    denoiser.requires_grad_(True)
-    try:
-        yield [p for p in denoiser.parameters() if p.numel()]
-    finally:
-        if dtype != torch.float32:
-            denoiser.to(dtype)
+    @torch.no_grad()
+    def _on_held_out(self) -> float:
+        """The mean loss on all calls of the first held-out batch."""
+        batch = self.held_out[0]
+        losses = [self._loss(batch, call).item() for call in range(batch.steps)]
+        return sum(losses) / len(losses)
+
+    def _loss(self, batch: Trajectory, number: int) -> Tensor:
+        """The squared distance to the dense prediction, relative to its variance."""
+        parameter = next(self.denoiser.parameters())
+        step = batch.step(number, parameter.device, parameter.dtype)
+        with self._autocast():
+            output = self.denoiser(*step.args, **step.kwargs)
+        predicted = output[0] if isinstance(output, tuple) else output.sample
+        wanted = step.prediction.float()
+        return (predicted.float() - wanted).square().mean() / wanted.var()
+
+    @contextmanager
+    def _autocast(self) -> Iterator[None]:
+        """Adapters are float32 on a model of half precision: their products are of its dtype."""
+        dtype = next(self.denoiser.parameters()).dtype
+        device = next(self.denoiser.parameters()).device.type
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            yield
+
+    def _line(self, row: Row) -> str:
+        return (
+            f"retrain {row['step'] + 1:.0f}/{self.settings.steps} loss {row['loss']:.5f}"
+            f" ({row['seconds']:.0f} s)"
+        )

@@ -1,8 +1,40 @@
-rule retrain:
+# What the dense model reads and predicts at each step, once for all variants that learn from it.
+rule trajectory:
     input:
         model=of(plan.dense_files),
+        prompts="<results>/prompts/{set}.parquet",
+    output:
+        directory("<results>/{model}/trajectories/{set}-{batch}/{shard}"),
+    log:
+        "<logs>/{model}/trajectory/{set}-{batch}-{shard}.log",
+    benchmark:
+        "<benchmarks>/{model}/trajectory/{set}-{batch}-{shard}.tsv"
+    wildcard_constraints:
+        batch=r"\d+",
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        gpu=resource("gpu"),
+        mem_mb=resource("mem_mb"),
+        runtime=resource("runtime"),
+    params:
+        config=CONFIG,
+        source=of(plan.source),
+        load=settings("models/{model}/load"),
+        call=settings("models/{model}/call"),
+        shard_size=settings("generate/shard_size"),
+        code=code_hash("retrain.trajectory"),
+    shell:
+        "ecodiff trajectory {params.source:q} {input.prompts:q} {output:q}"
+        " --config {params.config:q} --model {wildcards.model} --batch-size {wildcards.batch}"
+        " --shard {wildcards.shard} --shard-size {params.shard_size} > {log:q} 2>&1"
+
+
+rule retrain:
+    input:
         pruned=of(plan.before_retraining),
-        data=of(plan.retraining_data),
+        data=of(plan.trajectories),
     output:
         directory("<results>/{model}/{variant}/model"),
     log:
@@ -20,11 +52,11 @@ rule retrain:
         runtime=resource("runtime"),
     params:
         config=CONFIG,
-        dense=of(plan.source_of_dense),
         load=settings("models/{model}/load"),
         kind=lambda wildcards: plan.retraining(wildcards.model, wildcards.variant).kind,
         settings=lambda wildcards: plan.retraining(wildcards.model, wildcards.variant).model_dump(),
+        data=each("--data", "data"),
         code=code_hash("retrain"),
     shell:
-        "ecodiff retrain {input.pruned:q} {input.data:q} {output:q} --kind {params.kind}"
-        " --dense {params.dense:q} --config {params.config:q} --model {wildcards.model} > {log:q} 2>&1"
+        "ecodiff retrain {input.pruned:q} {output:q} {params.data:q} --kind {params.kind}"
+        " --config {params.config:q} --model {wildcards.model} > {log:q} 2>&1"

@@ -1,0 +1,149 @@
+"""The dense model's own denoising trajectory on disk: what a pruned model learns to repeat.
+
+For each call of the denoiser in the pipeline's loop, its arguments and its prediction are kept,
+with both branches of classifier-free guidance, as the pipeline batches them. So no noise schedule,
+no conditioning and no guidance is rebuilt here, and no second model is in memory while one learns.
+
+A file holds one batch of prompts. What all steps share, such as embeddings, is stored once, so that
+a prompt of SDXL at 1024 px and 50 steps takes about 20 MB in bfloat16.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten, treespec_dumps, treespec_loads
+
+from ecodiff.models.families import Call
+from ecodiff.models.identity import same_denoiser
+from ecodiff.models.pipelines import check_fingerprint, encode, fingerprint, starting_noise
+from ecodiff.runtime.errors import UserError
+from ecodiff.trajectory.rollout import DenseStep, dense_steps
+
+log = logging.getLogger(__name__)
+
+
+def record(
+    pipe: DiffusionPipeline,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    call: Call,
+    batch: int,
+    folder: Path,
+) -> None:
+    """Record the dense model on prompts: a file of `folder` a batch.
+
+    Args:
+        pipe: the dense pipeline.
+        prompts, seeds: captions, and the seeds of their starting noise.
+        call: how the pipeline is called.
+        batch: prompts a file, and an update of the model that learns from it.
+        folder: where to write `00000.safetensors` and so on.
+    """
+    origin = {"fingerprint": fingerprint(pipe), "call": dict(call)}
+    count = -(-len(prompts) // batch)
+    for number in range(count):
+        rows = slice(number * batch, (number + 1) * batch)
+        with torch.inference_mode():
+            embeds = encode(pipe, list(prompts[rows]), call)
+            noise = starting_noise(pipe, list(seeds[rows]), call)
+            steps = dense_steps(pipe, embeds, noise, call)
+        _write(folder / f"{number:05d}.safetensors", steps, {**origin, "prompts": prompts[rows]})
+        log.info("trajectory: batch %s of %s", number + 1, count)
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One recorded batch of prompts, read step by step.
+
+    Attributes:
+        path: its file.
+        steps: how many calls of the denoiser it holds.
+        prompts: its captions.
+    """
+
+    path: Path
+    steps: int
+    prompts: list[str]
+
+    def step(self, number: int, device: torch.device, dtype: torch.dtype) -> DenseStep:
+        """Arguments and prediction of one call; floating-point tensors on a device in a dtype."""
+        with safe_open(self.path, framework="pt") as file:
+            info = json.loads(file.metadata()["ecodiff"])
+            leaves = list(info["leaves"])
+            for index, places in info["tensors"].items():
+                leaf = file.get_slice(f"leaf.{index}")[places[number]]
+                leaves[int(index)] = leaf.to(device, dtype if leaf.is_floating_point() else None)
+            prediction = file.get_slice("prediction")[number].to(device)
+        args, kwargs = tree_unflatten(leaves, treespec_loads(info["spec"]))
+        return DenseStep(tuple(args), kwargs, prediction)
+
+
+def read(folders: Sequence[Path], pipe: DiffusionPipeline, dense: str) -> list[Trajectory]:
+    """All batches of some folders, in order.
+
+    Args:
+        folders: what `record` wrote.
+        pipe: the model that is to learn from them, for messages.
+        dense: the fingerprint of the dense model that it was pruned from.
+
+    Raises:
+        UserError: there is none, or one is damaged or of another model.
+    """
+    found = []
+    for path in (file for folder in folders for file in sorted(folder.glob("*.safetensors"))):
+        try:
+            with safe_open(path, framework="pt") as file:
+                info = json.loads(file.metadata()["ecodiff"])
+                steps = file.get_slice("prediction").get_shape()[0]
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path}: truncated, or no trajectory of ecodiff") from error
+        check_fingerprint(str(path), info["fingerprint"], dense, pipe, same_denoiser)
+        found.append(Trajectory(path, steps, info["prompts"]))
+    if not found:
+        raise UserError(f"{', '.join(map(str, folders))}: holds no trajectory")
+    return found
+
+
+def _write(path: Path, steps: Sequence[DenseStep], info: dict[str, Any]) -> None:
+    """One file: predictions (steps, n, ...), and each tensor among the arguments once for all steps
+    that share it, `leaf.<index>` (different ones, ...)."""
+    flat = [tree_flatten((list(step.args), step.kwargs)) for step in steps]
+    _, spec = flat[0]
+    leaves, tensors = [], {"prediction": torch.stack([step.prediction for step in steps]).cpu()}
+    places: dict[int, list[int]] = {}
+    for index, column in enumerate(zip(*(found for found, _ in flat), strict=True)):
+        if not isinstance(column[0], Tensor):
+            leaves.append(column[0])
+            continue
+        leaves.append(None)
+        tensors[f"leaf.{index}"], places[index] = _unique(column)
+    text = {**info, "spec": treespec_dumps(spec), "leaves": leaves, "tensors": places}
+    save_file(tensors, path, metadata={"ecodiff": json.dumps(text)})
+
+
+def _unique(column: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
+    """The different ones of some tensors, stacked, and which of them each one is.
+
+    Compared with the first and the last kept: embeddings are all the same, or take turns with those
+    of the other branch of guidance; latents all differ.
+    """
+    kept: list[Tensor] = []
+    places = []
+    for one in column:
+        near = {0, len(kept) - 2, len(kept) - 1} & set(range(len(kept)))
+        place = next((n for n in sorted(near) if torch.equal(kept[n], one)), len(kept))
+        if place == len(kept):
+            kept.append(one)
+        places.append(place)
+    return torch.stack(kept).cpu().contiguous(), places
