@@ -31,6 +31,7 @@ from ecodiff.runtime.code import code_hash
 from ecodiff.runtime.errors import Stopped, UserError
 from ecodiff.runtime.progress import Row, watched
 from ecodiff.runtime.state import State, Termination
+from ecodiff.trajectory.rollout import prediction_of
 
 COLUMNS = ("step", "loss", "held_out", "lr", "seconds")
 HELD_OUT = 0.1  # share of the recorded batches that nothing is learned from
@@ -186,9 +187,8 @@ class _Loop:
         step = batch.step(number, parameter.device, parameter.dtype)
         with self._autocast():
             output = self.denoiser(*step.args, **step.kwargs)
-        predicted = output[0] if isinstance(output, tuple) else output.sample
         wanted = step.prediction.float()
-        return (predicted.float() - wanted).square().mean() / wanted.var()
+        return (prediction_of(output).float() - wanted).square().mean() / wanted.var()
 
     @contextmanager
     def _autocast(self) -> Iterator[None]:

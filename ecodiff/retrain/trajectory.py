@@ -82,7 +82,7 @@ class Trajectory:
             info = json.loads(file.metadata()["ecodiff"])
             leaves = list(info["leaves"])
             for index, places in info["tensors"].items():
-                leaf = file.get_slice(f"leaf.{index}")[places[number]]
+                leaf = file.get_tensor(f"leaf.{index}.{places[number]}")
                 leaves[int(index)] = leaf.to(device, dtype if leaf.is_floating_point() else None)
             prediction = file.get_slice("prediction")[number].to(device)
         args, kwargs = tree_unflatten(leaves, treespec_loads(info["spec"]))
@@ -117,23 +117,26 @@ def read(folders: Sequence[Path], pipe: DiffusionPipeline, dense: str) -> list[T
 
 def _write(path: Path, steps: Sequence[DenseStep], info: dict[str, Any]) -> None:
     """One file: predictions (steps, n, ...), and each tensor among the arguments once for all steps
-    that share it, `leaf.<index>` (different ones, ...)."""
+    that share it, `leaf.<argument>.<which>`."""
     flat = [tree_flatten((list(step.args), step.kwargs)) for step in steps]
     _, spec = flat[0]
-    leaves, tensors = [], {"prediction": torch.stack([step.prediction for step in steps]).cpu()}
+    leaves, tensors = [], {}
+    tensors["prediction"] = torch.stack([step.prediction for step in steps]).cpu().contiguous()
     places: dict[int, list[int]] = {}
     for index, column in enumerate(zip(*(found for found, _ in flat), strict=True)):
         if not isinstance(column[0], Tensor):
             leaves.append(column[0])
             continue
         leaves.append(None)
-        tensors[f"leaf.{index}"], places[index] = _unique(column)
+        different, places[index] = _unique(column)
+        for place, one in enumerate(different):
+            tensors[f"leaf.{index}.{place}"] = one.cpu().contiguous()
     text = {**info, "spec": treespec_dumps(spec), "leaves": leaves, "tensors": places}
     save_file(tensors, path, metadata={"ecodiff": json.dumps(text)})
 
 
-def _unique(column: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
-    """The different ones of some tensors, stacked, and which of them each one is.
+def _unique(column: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
+    """The different ones of some tensors, and which of them each one is.
 
     Compared with the first and the last kept: embeddings are all the same, or take turns with those
     of the other branch of guidance; latents all differ.
@@ -146,4 +149,4 @@ def _unique(column: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
         if place == len(kept):
             kept.append(one)
         places.append(place)
-    return torch.stack(kept).cpu().contiguous(), places
+    return kept, places

@@ -97,7 +97,7 @@ class DenseStep:
 
         Checkpointed: its activations are recomputed in the backward pass.
         """
-        return _prediction(recompute(denoiser, *self.args, **self.kwargs))
+        return prediction_of(recompute(denoiser, *self.args, **self.kwargs))
 
 
 @torch.no_grad()
@@ -114,7 +114,7 @@ def dense_steps(
 
     def record(*args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
-        steps.append(DenseStep(args, kwargs, _prediction(output)))
+        steps.append(DenseStep(args, kwargs, prediction_of(output)))
         return output
 
     with quiet(pipe), replaced_forward(denoiser_of(pipe), record):
@@ -128,7 +128,7 @@ def _repeatable(forward: Callable[..., Any], number: int) -> Callable[..., Any]:
 
     def call(*args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
-        prediction = _prediction(output).detach()
+        prediction = prediction_of(output).detach()
         if first and not torch.equal(first[0], prediction):
             difference = (first[0] - prediction).abs().max().item()
             raise UserError(
@@ -141,7 +141,7 @@ def _repeatable(forward: Callable[..., Any], number: int) -> Callable[..., Any]:
     return call
 
 
-def _prediction(output: Any) -> Tensor:
+def prediction_of(output: Any) -> Tensor:
     """The first tensor of a denoiser's output; a list of latents (Z-Image) is stacked."""
     first = output[0]
     return torch.stack(first) if isinstance(first, list) else first

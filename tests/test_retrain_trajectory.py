@@ -1,0 +1,75 @@
+"""What is kept of the dense model's trajectory: every call, to the bit."""
+
+from collections import Counter
+
+import pytest
+import torch
+from safetensors import safe_open
+from tiny import CALLS, tiny
+
+from ecodiff.models.pipelines import fingerprint
+from ecodiff.models.structures import denoiser_of
+from ecodiff.retrain.trajectory import read, record
+from ecodiff.runtime.errors import UserError
+from ecodiff.trajectory.rollout import prediction_of
+
+PROMPTS, SEEDS = ["a red ring", "a blue square", "a star"], [3, 4, 5]
+
+
+def recorded(pipe, family, folder, batch=2):
+    record(pipe, PROMPTS, SEEDS, CALLS[family], batch, folder)
+    return read([folder], pipe, fingerprint(pipe))
+
+
+@pytest.mark.parametrize("family", CALLS)
+def test_the_dense_model_predicts_again_what_was_recorded(family, tmp_path):
+    pipe = tiny(family)
+    batches = recorded(pipe, family, tmp_path)
+    assert [len(batch.prompts) for batch in batches] == [2, 1]
+    denoiser = denoiser_of(pipe)
+    for batch in batches:
+        for number in range(batch.steps):
+            step = batch.step(number, denoiser.device, denoiser.dtype)
+            with torch.no_grad():
+                output = denoiser(*step.args, **step.kwargs)
+            assert torch.equal(prediction_of(output), step.prediction)
+
+
+def test_both_branches_of_guidance_are_there(tmp_path):
+    pipe = tiny("sdxl")
+    first, _ = recorded(pipe, "sdxl", tmp_path)
+    step = first.step(0, torch.device("cpu"), torch.float32)
+    assert len(step.prediction) == 2 * 2
+    texts = step.kwargs["encoder_hidden_states"]
+    assert not torch.equal(texts[:2], texts[2:])
+
+
+def test_what_all_steps_share_is_stored_once(tmp_path):
+    pipe = tiny("flux")
+    first, _ = recorded(pipe, "flux", tmp_path)
+    with safe_open(first.path, framework="pt") as file:
+        keys = [key.split(".")[1] for key in file.keys() if key != "prediction"]  # noqa: SIM118
+    copies = sorted(Counter(keys).values())
+    assert copies[-2:] == [first.steps] * 2  # latents and timesteps
+    assert copies.count(1) >= 3  # two embeddings, positions
+
+
+def test_a_file_of_another_model_is_refused(tmp_path):
+    recorded(tiny("flux"), "flux", tmp_path)
+    other = tiny("flux", seed=1)
+    with pytest.raises(UserError, match=r"00000\.safetensors: was made of another model"):
+        read([tmp_path], other, fingerprint(other))
+
+
+@pytest.mark.parametrize("content", [b"", b"cut"])
+def test_a_truncated_file_is_named(tmp_path, content):
+    pipe = tiny("flux")
+    (tmp_path / "00000.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=r"00000\.safetensors: truncated"):
+        read([tmp_path], pipe, fingerprint(pipe))
+
+
+def test_an_empty_folder_is_named(tmp_path):
+    pipe = tiny("flux")
+    with pytest.raises(UserError, match="holds no trajectory"):
+        read([tmp_path], pipe, fingerprint(pipe))
