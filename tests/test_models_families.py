@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import EulerAncestralDiscreteScheduler
-from tiny import CALLS, SMALL, tiny
+from tiny import CALLS, SMALL, tiny, whole_mask
 from torch import nn
 
 import ecodiff
@@ -186,7 +186,7 @@ def test_pruned_equals_masked_where_gates_close_onto_means(dense):
     kept = most_units(dense.structures)
     expected = masked(dense, kept, means)
     assert (expected - masked(dense, kept)).abs().max() > 1e-4
-    pipe = pruned(dense, SimpleNamespace(kept=kept, means=means))
+    pipe = pruned(dense, whole_mask(tiny(dense.family), kept, means))
     assert (z0_of(pipe, dense) - expected).abs().max() <= 1e-4
 
 

@@ -206,8 +206,9 @@ def learn_mask(
             but for values that are not finite.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    few = {} if settings else {"batch": max(1, min(MaskSettings().batch, len(prompts)))}
-    settings = read_settings(MaskSettings, settings or few)
+    if not isinstance(settings, MaskSettings):  # a batch that nobody asked for fits the prompts
+        settings = {"batch": max(1, min(MaskSettings().batch, len(prompts))), **(settings or {})}
+    settings = read_settings(MaskSettings, settings)
     seeds = list(range(len(prompts))) if seeds is None else list(seeds)
     _check_target(pipe, sparsity, settings)
     calibration = calibrate(pipe, prompts, seeds, dict(call or {}), settings.batch)
