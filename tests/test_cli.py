@@ -53,9 +53,9 @@ def test_an_error_of_the_users_is_one_line_and_status_2(tmp_path, capsys):
 
 def test_a_missing_extra_is_one_line_that_installs_it(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)  # as if it were not installed
-    monkeypatch.delitem(sys.modules, "ecodiff.retrain.train", raising=False)
-    monkeypatch.delitem(sys.modules, "ecodiff.retrain", raising=False)
-    assert ecodiff("retrain", tmp_path, tmp_path, tmp_path) == 2
+    for module in ("ecodiff.retrain.kinds", "ecodiff.retrain.train", "ecodiff.retrain"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    assert ecodiff("retrain", tmp_path, tmp_path, "--data", tmp_path) == 2
     error = capsys.readouterr().err
     assert error == (
         "ecodiff: error: retrain: peft is not installed; pip install 'ecodiff[retrain]'\n"
@@ -177,21 +177,13 @@ def test_a_disk_that_will_not_take_it_is_told_first(tmp_path, capsys, options, l
     (tmp_path / "model").mkdir()
     with (tmp_path / "model/a.safetensors").open("wb") as file:
         file.truncate(6_000_000)
-    words = ("retrain", tmp_path / "model", record_of_one(tmp_path / "record"))
+    words = ("retrain", tmp_path / "model")
     with mounted(tmp_path / "disk", options) as disk:
-        assert ecodiff(*words, disk / "p") == status
+        assert ecodiff(*words, disk / "p", "--data", tmp_path / "data") == status
         assert not [*disk.iterdir()]
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert re.search(line, error)
-
-
-def record_of_one(path):
-    """A record that is read without its model."""
-    from ecodiff.calibrate import Calibration
-
-    Calibration(["a"], [0], {}, torch.zeros(1, 1), torch.ones(1, 1), {}, "").save(path)
-    return path
 
 
 def test_starting_the_command_needs_no_torch():
@@ -258,7 +250,7 @@ def stages(tmp_path_factory):
     torch.manual_seed(0)
     clip.save(clip.CLIP(**clip.CONFIG), folder / "clip")
     table, record = make_prompts(folder), folder / "calibration.safetensors"
-    dense, pruned, tuned = (folder / name for name in ("dense", "pruned", "tuned"))
+    dense, pruned, data, tuned = (folder / name for name in ("dense", "pruned", "data", "tuned"))
     mask, history = folder / "mask.safetensors", folder / "history.csv"
     learn = "{iterations: 2, batch: 2}"
     judge = f"{{features: clip, clip_model: 'local-dir:{folder}/clip', clip_pretrained: null}}"
@@ -270,7 +262,8 @@ def stages(tmp_path_factory):
             *("--calibration", record, "--history", history, *CPU),
         ),
         ecodiff("prune", dense, mask, pruned, "--grams", folder / "grams.safetensors", *CPU),
-        ecodiff("retrain", pruned, record, tuned, "--settings", "{steps: 1, batch: 2}", *CPU),
+        ecodiff("trajectory", dense, table, data, "--call", CALL, "--batch-size", 2, *CPU),
+        ecodiff("retrain", pruned, tuned, "--data", data, "--settings", "{steps: 2}", *CPU),
         ecodiff("generate", dense, table, folder / "a", "--call", CALL, *CPU),
         ecodiff("generate", tuned, table, folder / "b", "--call", CALL, *CPU),
         ecodiff(
@@ -288,7 +281,7 @@ def stages(tmp_path_factory):
             *("--settings", "{steps: [1, 2], batch: 2}", *CPU),
         ),
     ]
-    assert done == [0] * 10
+    assert done == [0] * 11
     return folder
 
 
@@ -310,7 +303,7 @@ def test_the_chain_ends_in_judged_pictures(stages):
 @pytest.mark.slow
 def test_learning_and_retraining_leave_their_history(stages):
     assert len(pd.read_csv(stages / "history.csv")) == 2
-    assert len(pd.read_csv(stages / "tuned/history.csv")) == 1
+    assert len(pd.read_csv(stages / "tuned/history.csv")) == 2
 
 
 @pytest.mark.slow
@@ -391,14 +384,7 @@ def other(tmp_path_factory):
         ("prune", "dense", "mask.safetensors", "OUT", "--load", "{device: cpu, dtype: bfloat16}"),
         ("grams", "OTHER", "calibration.safetensors", "OUT"),
         ("mask", "OTHER", "OUT", "--method", "wanda", "--percent", "20", "--calibration", "RECORD"),
-        (
-            "retrain",
-            "OTHER",
-            "calibration.safetensors",
-            "OUT",
-            "--settings",
-            "{steps: 1, batch: 2}",
-        ),
+        ("retrain", "OTHER", "OUT", "--data", "DATA", "--settings", "{steps: 1}"),
         ("evaluate", "mask-error", "OTHER", "RECORD", "OUT", "--mask", "MASK", "--sparsity", "0.1"),
     ],
     ids=lambda words: "-".join(words[:2]),
@@ -408,6 +394,7 @@ def test_what_is_of_another_model_is_one_line_with_both_names(
 ):
     places = {"OTHER": other, "OUT": tmp_path / "out", "dense": stages / "dense"}
     places |= {"RECORD": stages / "calibration.safetensors", "MASK": stages / "mask.safetensors"}
+    places["DATA"] = stages / "data"
     places |= {name: stages / name for name in ("mask.safetensors", "calibration.safetensors")}
     given = [places.get(word, word) for word in words]
     status = ecodiff(*given, *(() if "--load" in words else CPU))

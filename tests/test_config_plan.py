@@ -30,7 +30,7 @@ def planned(**changes):
             {"method": "magnitude", "sparsities": [0.1, 0.4], "models": ["a"]},
         ],
         "prompts": {
-            "calibration": {"source": "shapeworld", "count": 3},
+            "calibration": {"source": "shapeworld", "count": 4},
             "evaluation": {"source": "shapeworld", "count": 10, "seed": 100},
         },
     }
@@ -50,7 +50,7 @@ def test_methods_that_do_not_learn_are_scored_once():
         "results/small/a/masks/ecodiff-10/mask.safetensors",
         "results/small/a/masks/ecodiff-20/mask.safetensors",
         "results/small/a/masks/ecodiff-30/mask.safetensors",
-        "results/small/a/masks/magnitude-40/mask.safetensors",
+        "results/small/a/masks/magnitude-10/mask.safetensors",
         "results/small/b/masks/ecodiff-10/mask.safetensors",
         "results/small/b/masks/ecodiff-20/mask.safetensors",
         "results/small/b/masks/ecodiff-30/mask.safetensors",
@@ -92,10 +92,12 @@ def test_a_retrained_variant_starts_from_its_pruned_one():
 
 
 def test_retraining_may_have_prompts_of_its_own():
-    plan = planned(retrain={"lora": {"prompts": "evaluation", "batch": 2}}, allow_overlap=True)
-    data = plan.retraining_data("a", "ecodiff-20-comp-lora")
-    assert data == "results/small/a/evaluation.safetensors"
-    assert planned().retraining_data("a", "ecodiff-20-comp-lora") == plan.calibration("a")
+    lora = {"prompts": "evaluation", "batch": 2}
+    plan = planned(retrain={"lora": lora}, allow_overlap=True, generate={"shard_size": 4})
+    folder = "results/small/a/trajectories"
+    shards = [f"{folder}/evaluation-2/{shard}" for shard in range(3)]
+    assert plan.trajectories("a", "ecodiff-20-comp-lora") == shards
+    assert planned().trajectories("a", "ecodiff-20-comp-lora") == [f"{folder}/calibration-2/0"]
 
 
 def test_the_last_shard_may_be_smaller():
@@ -179,7 +181,7 @@ def test_prompts_are_read_from_their_files_and_judged_by_their_pictures(tmp_path
 def test_what_is_judged_on_knows_what_is_learned_from():
     more = {"source": "shapeworld", "count": 3, "seed": 400}
     sets = {
-        "calibration": {"source": "shapeworld", "count": 3},
+        "calibration": {"source": "shapeworld", "count": 4},
         "evaluation": {"source": "shapeworld", "count": 10, "seed": 100},
         "more": more,
         "idle": {**more, "seed": 500},

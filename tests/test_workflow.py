@@ -152,7 +152,7 @@ def test_every_method_is_planned_with_what_it_looks_at(place, tmp_path):
     _, text = planned(place, write_config(tmp_path, variants=variants), "masks")
     found = {}
     for job in [*jobs_of(text, "mask"), *jobs_of(text, "baseline")]:
-        found[re.search(r"masks/([a-z-]+)-20/", job)[1]] = "calibration.safetensors" in job
+        found[re.search(r"masks/([a-z-]+)-10/", job)[1]] = "calibration.safetensors" in job
     assert found == {m.name: m.looks_at == "calibration" for m in METHODS.values()}
 
 
@@ -160,25 +160,25 @@ def test_each_seed_has_its_own_scores(place, tmp_path):
     family = {"method": "ecodiff", "sparsities": [0.1, 0.2], "seeds": [3, 4]}
     config = write_config(tmp_path, variants=[family])
     _, text = planned(place, config, "pruned", "--printshellcmds")
-    assert masks_of(text) == ({"ecodiff-20-s3", "ecodiff-20-s4"},) * 2
+    assert masks_of(text) == ({"ecodiff-10-s3", "ecodiff-10-s4"},) * 2
     for seed in (3, 4):
-        command = re.search(rf"ecodiff mask .*masks/ecodiff-20-s{seed}/.*", text)[0]
-        assert f"--percent 20 --settings '{{\"seed\": {seed}}}'" in command
+        command = re.search(rf"ecodiff mask .*masks/ecodiff-10-s{seed}/.*", text)[0]
+        assert f"--percent 10 --settings '{{\"seed\": {seed}}}'" in command
 
 
 def test_retraining_may_have_prompts_of_its_own(place, tmp_path):
     config = yaml.safe_load((ROOT / "config/config.yaml").read_text())
     prompts = {**config["prompts"], "more": {"source": "shapeworld", "count": 9}}
-    changes = {"prompts": prompts, "retrain": {"lora": {"prompts": "more", "batch": 9}}}
+    changes = {"prompts": prompts, "retrain": {"lora": {"prompts": "more", "batch": 4}}}
     counts, text = planned(place, write_config(tmp_path, **changes))
-    assert counts["calibrate"] == 4
-    assert all("/more.safetensors" in job for job in jobs_of(text, "retrain"))
+    assert counts["trajectory"] == counts["retrain"] == 1
+    assert all("trajectories/more-4/0" in job for job in jobs_of(text, "retrain"))
 
 
 def test_a_retrained_variant_brings_its_pruned_one(place, tmp_path):
-    variants = [{"method": "random", "sparsities": [0.1], "retrain": "lora"}]
+    variants = [{"method": "random", "sparsities": [0.1], "retrain": "light"}]
     counts, _ = planned(place, write_config(tmp_path, variants=variants))
-    assert counts["prune"] == 2
+    assert counts["prune"] == counts["trajectory"] == counts["retrain"] == 2
     assert counts["generate"] == 4
 
 
@@ -249,7 +249,7 @@ def house(tmp_path_factory):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     sets = {"calibration": 0, "evaluation": 100}
     prompts = {name: {"source": "shapeworld", "count": 8, "seed": s} for name, s in sets.items()}
-    write_config(folder / "config", prompts=prompts, ablations=None, retrain={"lora": {"batch": 8}})
+    write_config(folder / "config", prompts=prompts, ablations=None, retrain={"lora": {"batch": 4}})
     done = snakemake(folder, *made(folder), "--cores", 1, root=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
@@ -318,7 +318,7 @@ def test_all_stages_run_on_a_tiny_model(tmp_path):
         ],
         "prompts": {"calibration": {**prompts, "split": "train", "seed": 9}, "evaluation": prompts},
         "mask": {"iterations": 2, "batch": 2},
-        "retrain": {"lora": {"steps": 1, "batch": 2, "rank": 2}},
+        "retrain": {"lora": {"steps": 2, "batch": 2, "rank": 2}},
         "generate": {"shard_size": 3},
         "evaluate": {
             "features": "clip",

@@ -129,15 +129,15 @@ class Plan:
     def scored(self, model: str, variant: Variant) -> Variant:
         """The variant whose mask holds a variant's scores.
 
-        That of the middle sparsity of its method and seed, or itself where each sparsity is learned
-        for itself.
+        That of the middle sparsity (the lower one of two) of its method and seed, or itself where
+        each sparsity is learned for itself.
         """
         if METHODS[variant.method].learns and not self.config.models[model].mask.is_shared:
             return variant
         wanted = (variant.method, variant.seed)
         same = [v for v in self.config.variants_of(model) if (v.method, v.seed) == wanted]
         by_percent = sorted({v.percent: v for v in same}.items())
-        return by_percent[len(by_percent) // 2][1]
+        return by_percent[(len(by_percent) - 1) // 2][1]
 
     def mask(self, model: str, variant: str) -> str:
         """The mask that holds a variant's scores."""

@@ -98,11 +98,11 @@ def _light(denoiser: nn.Module, settings: RetrainSettings) -> Iterator[Parameter
 @contextmanager
 def _in_float32(denoiser: nn.Module) -> Iterator[None]:
     dtype = denoiser.dtype
-    denoiser.to(torch.float32)
+    nn.Module.to(denoiser, torch.float32)  # diffusers' own warns of what is meant here
     try:
         yield
     finally:
-        denoiser.to(dtype)
+        nn.Module.to(denoiser, dtype)
 
 
 def _wanted(denoiser: nn.Module) -> Parameters:
