@@ -170,7 +170,7 @@ def test_prompts_are_read_from_their_files_and_judged_by_their_pictures(tmp_path
     (tmp_path / "c.json").touch()
     (tmp_path / "val").mkdir()
     real = {"source": "coco", "path": "c.json", "images": "val", "count": 2, "seed": 50}
-    shapes = {"source": "shapeworld", "count": 2}
+    shapes = {"source": "shapeworld", "count": 4}
     plan = planned(prompts={"calibration": shapes, "evaluation": real})
     assert plan.prompt_sets(drawn=True) == ["calibration"]
     assert plan.prompt_files("evaluation") == ["c.json", "val"]
@@ -179,7 +179,7 @@ def test_prompts_are_read_from_their_files_and_judged_by_their_pictures(tmp_path
 
 
 def test_what_is_judged_on_knows_what_is_learned_from():
-    more = {"source": "shapeworld", "count": 3, "seed": 400}
+    more = {"source": "shapeworld", "count": 4, "seed": 400}
     sets = {
         "calibration": {"source": "shapeworld", "count": 4},
         "evaluation": {"source": "shapeworld", "count": 10, "seed": 100},

@@ -139,7 +139,7 @@ def test_one_shared_learning_serves_all_sparsities(place, tmp_path, settings):
 def test_each_sparsity_can_be_learned_for_itself(place, tmp_path):
     config = write_config(tmp_path, mask={"sparsities": "per-sparsity"})
     _, text = planned(place, config, "pruned")
-    assert masks_of(text) == ({"ecodiff-10", "ecodiff-20", "ecodiff-30"},) * 2
+    assert masks_of(text) == ({"ecodiff-10", "ecodiff-20", "ecodiff-30", "ecodiff-60"},) * 2
 
 
 def test_baselines_are_scored_once_for_all_sparsities(demo):
