@@ -159,8 +159,7 @@ def test_where_no_process_answers_the_command_runs_by_itself(tmp_path):
 def test_it_ends_with_the_process_that_started_it(tmp_path):
     code = (
         "import os, tempfile; tempfile.tempdir = os.getcwd();"
-        "from ecodiff.runtime import forkserver; forkserver.start();"
-        "print(os.environ['ECODIFF_FORKSERVER'])"
+        "from ecodiff.runtime import forkserver; print(forkserver.start())"
     )
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)

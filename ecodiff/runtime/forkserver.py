@@ -29,13 +29,16 @@ FIRST = ("ecodiff.cli", "ecodiff.models.loading")  # what nearly all jobs import
 KILLED = 137  # the shell's status of a process that got SIGKILL
 
 
-def start() -> None:
-    """Start the process for the jobs of this one; it ends by itself when this one has ended."""
+def start() -> str:
+    """Start the process for the jobs of this one; it ends by itself when this one has ended.
+
+    Returns the value that `SOCKET` must have in a job's environment.
+    """
     folder = Path(tempfile.mkdtemp(prefix="ecodiff-"))  # only this user can enter it
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     command = [sys.executable, "-m", __name__, str(folder / "socket"), str(os.getpid())]
     subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    os.environ[SOCKET] = str(folder / "socket")
+    return str(folder / "socket")
 
 
 def ask(arguments: list[str]) -> int | None:

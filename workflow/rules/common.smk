@@ -111,8 +111,8 @@ def begin():
     text = yaml.safe_dump(SETTINGS, sort_keys=False)
     if not Path(CONFIG).is_file() or Path(CONFIG).read_text() != text:
         write_text(CONFIG, text)
-    if workflow.local_exec:
-        forkserver.start()
+    if workflow.local_exec and forkserver.SOCKET not in os.environ:
+        os.environ.update({forkserver.SOCKET: forkserver.start()})
 
 
 def summarise():
