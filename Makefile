@@ -17,7 +17,8 @@ demo: install
 
 # A thread a worker: threads of several workers would wait for each other on the same cores.
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "slow or not slow" -n $(CORES) --dist loadfile --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "slow or not slow" -n $(CORES) --dist loadfile \
+		--no-loadscope-reorder --durations=15
 
 # Each as a user gets it: a fresh environment, the package built, the versions of the lock.
 # What an earlier build left would be packaged too.
