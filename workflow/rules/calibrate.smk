@@ -1,4 +1,4 @@
-# One record a model and prompt set, which all masks and retrainings read.
+# One record a model and prompt set, which all masks read. What much else waits for has priority.
 rule calibrate:
     input:
         model=of(plan.dense_files),
@@ -9,6 +9,7 @@ rule calibrate:
         "<logs>/{model}/calibrate/{set}.log",
     benchmark:
         "<benchmarks>/{model}/calibrate/{set}.tsv"
+    priority: 1
     conda:
         "../../environment.yml"
     threads: 1
@@ -39,6 +40,7 @@ rule grams:
         "<logs>/{model}/grams.log",
     benchmark:
         "<benchmarks>/{model}/grams.tsv"
+    priority: 1
     conda:
         "../../environment.yml"
     threads: 1

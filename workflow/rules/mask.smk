@@ -12,6 +12,7 @@ rule mask:
         "<benchmarks>/{model}/mask/{mask}.tsv"
     wildcard_constraints:
         mask=one_of(plan.masks(learned=True)),
+    priority: 1
     conda:
         "../../environment.yml"
     threads: 1

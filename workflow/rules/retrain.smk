@@ -11,6 +11,7 @@ rule trajectory:
         "<benchmarks>/{model}/trajectory/{set}-{batch}-{shard}.tsv"
     wildcard_constraints:
         batch=r"\d+",
+    priority: 1
     conda:
         "../../environment.yml"
     threads: 1
@@ -43,6 +44,7 @@ rule retrain:
         "<benchmarks>/{model}/retrain/{variant}.tsv"
     wildcard_constraints:
         variant=one_of(variant.name for _, variant in plan.pruned if variant.retrain),
+    priority: 1
     conda:
         "../../environment.yml"
     threads: 1
