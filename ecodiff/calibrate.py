@@ -22,11 +22,9 @@ from torch import Tensor, nn
 
 from ecodiff.models.calls import check_call, log_cut_prompts, why_not_finite
 from ecodiff.models.families import Call, runs_per_step
-from ecodiff.models.identity import same_denoiser
 from ecodiff.models.pipelines import (
     check_fingerprint,
     denoise,
-    dense_fingerprint,
     encode,
     fingerprint,
     latent_dtype,
@@ -105,15 +103,6 @@ class Calibration:
     def for_dense(self, pipe: DiffusionPipeline) -> Self:
         """The same in the dtype of the dense model `pipe`, see `check`."""
         self.check(pipe)
-        return self._cast(pipe)
-
-    def for_pruned(self, pipe: DiffusionPipeline) -> Self:
-        """The same in the dtype of `pipe`; `UserError` unless that was pruned from its model."""
-        dense = dense_fingerprint(pipe)
-        check_fingerprint(self.file, self.fingerprint, dense, pipe, same_denoiser)
-        return self._cast(pipe)
-
-    def _cast(self, pipe: DiffusionPipeline) -> Self:
         dtype, latent = denoiser_of(pipe).dtype, latent_dtype(pipe)
         embeds = {
             key: value.to(dtype) if value.is_floating_point() else value

@@ -37,6 +37,8 @@ Text = Annotated[
 Load = Annotated[str | None, typer.Option(help="dtype, device, revision, variant: YAML.")]
 Call = Annotated[str | None, typer.Option(help="How to call the pipeline: YAML file or text.")]
 Batch = Annotated[int, typer.Option(min=1, help="Prompts that run together.")]
+Shard = Annotated[int, typer.Option(min=0, help="Which part of the table.")]
+ShardSize = Annotated[int | None, typer.Option(min=1, help="Rows a part; all.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:<n>.")]
 
 S = TypeVar("S", bound=Settings)

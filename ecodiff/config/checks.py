@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from ecodiff.config.reading import Document, explain
 from ecodiff.config.sections import MaskSettings, PromptSet
+from ecodiff.config.variants import is_whole_percent
 
 if TYPE_CHECKING:
     from ecodiff.config.run import Config
@@ -137,7 +138,7 @@ def _variants(config: Config) -> Iterator[Mistake]:
 
 def _ablations(config: Config) -> Iterator[Mistake]:
     for sparsity in config.ablations.vary.get("sparsity", ()) if config.ablations else ():
-        if not isinstance(sparsity, int | float) or not _is_whole_percent(sparsity):
+        if not isinstance(sparsity, int | float) or not is_whole_percent(sparsity):
             path = ("ablations", "vary", "sparsity")
             yield path, f"{sparsity!r} is not a whole per cent from 0.01 to 0.99"
     for model in config.models:
@@ -150,11 +151,6 @@ def _ablations(config: Config) -> Iterator[Mistake]:
         for name, times in Counter(point.name for point in points).items():
             if times > 1:
                 yield ("ablations", "vary"), f"{name} is named twice"
-
-
-def _is_whole_percent(share: float) -> bool:
-    percent = 100 * share
-    return 1 <= round(percent) <= 99 and abs(percent - round(percent)) < 1e-6
 
 
 def _overlaps(config: Config) -> Iterator[Mistake]:

@@ -26,6 +26,12 @@ def _listed(value: Any) -> Any:
     return value if isinstance(value, list | tuple) else [value]
 
 
+def is_whole_percent(share: float) -> bool:
+    """Whether a share is a whole per cent from 0.01 to 0.99, as a variant's name can say it."""
+    percent = 100 * share
+    return 1 <= round(percent) <= 99 and abs(percent - round(percent)) < 1e-6
+
+
 class VariantSettings(Settings):
     """A family of variants: all combinations of methods, sparsities, compensations and seeds."""
 
@@ -54,8 +60,7 @@ class VariantSettings(Settings):
     @model_validator(mode="after")
     def _whole_percents(self) -> VariantSettings:
         for sparsity in self.sparsities:
-            percent = 100 * sparsity
-            if not 1 <= round(percent) <= 99 or abs(percent - round(percent)) > 1e-6:
+            if not is_whole_percent(sparsity):
                 raise ValueError(
                     f"sparsity {sparsity} is not a whole per cent from 0.01 to 0.99, such as 0.25"
                 )

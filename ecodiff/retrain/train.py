@@ -11,8 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,9 +99,10 @@ class _Loop:
         optimiser: torch.optim.Optimizer,
         parameters: dict[str, nn.Parameter],
     ) -> None:
-        self.denoiser, self.learned, self.held_out = denoiser, learned, held_out
+        self.denoiser, self.held_out = denoiser, held_out
         self.settings, self.optimiser = settings, optimiser
         self.parameters = list(parameters.values())
+        self.places = [(batch, call) for batch in learned for call in range(batch.steps)]
         self.schedule = get_cosine_schedule_with_warmup(
             optimiser, round(settings.warmup * settings.steps), settings.steps
         )
@@ -166,13 +166,10 @@ class _Loop:
 
     def _choose(self, step: int) -> tuple[Trajectory, int]:
         """All calls of all batches are seen once, in random order, before any is seen again."""
-        calls = [range(batch.steps) for batch in self.learned]
-        places = [(batch, call) for batch, found in enumerate(calls) for call in found]
-        epoch, place = divmod(step, len(places))
+        epoch, place = divmod(step, len(self.places))
         generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + epoch)
-        order = torch.randperm(len(places), generator=generator)
-        batch, call = places[int(order[place])]
-        return self.learned[batch], call
+        order = torch.randperm(len(self.places), generator=generator)
+        return self.places[int(order[place])]
 
     @torch.no_grad()
     def _on_held_out(self) -> float:
@@ -185,18 +182,12 @@ class _Loop:
         """The squared distance to the dense prediction, relative to its variance."""
         parameter = next(self.denoiser.parameters())
         step = batch.step(number, parameter.device, parameter.dtype)
-        with self._autocast():
+        # Adapters are float32 on a model of half precision: their products are of its dtype.
+        half = parameter.dtype != torch.float32
+        with torch.autocast(parameter.device.type, parameter.dtype, enabled=half):
             output = self.denoiser(*step.args, **step.kwargs)
         wanted = step.prediction.float()
         return (prediction_of(output).float() - wanted).square().mean() / wanted.var()
-
-    @contextmanager
-    def _autocast(self) -> Iterator[None]:
-        """Adapters are float32 on a model of half precision: their products are of its dtype."""
-        dtype = next(self.denoiser.parameters()).dtype
-        device = next(self.denoiser.parameters()).device.type
-        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-            yield
 
     def _line(self, row: Row) -> str:
         return (

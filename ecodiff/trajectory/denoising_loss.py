@@ -33,10 +33,6 @@ class Diffusion:
         self.scheduler = DDPMScheduler.from_config(scheduler.config)
         self.prediction = self.scheduler.config.prediction_type
 
-    def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """Draw timesteps, int64 (count,), uniform over all training timesteps."""
-        return torch.randint(len(self.scheduler), (count,), generator=generator)
-
     def spread(self, count: int) -> Tensor:
         """Evenly spaced training timesteps, from the least noise to the most: int64 (count,)."""
         return torch.linspace(0, len(self.scheduler) - 1, count).round().long()
@@ -58,10 +54,6 @@ class Flow:
     def __init__(self, scheduler: Any) -> None:
         self.steps = scheduler.config.num_train_timesteps
         self.timesteps = scheduler.timesteps.cpu()
-
-    def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """Draw timesteps, float32 (count,), from the schedule that the scheduler was set to."""
-        return self.timesteps[torch.randint(len(self.timesteps), (count,), generator=generator)]
 
     def spread(self, count: int) -> Tensor:
         """Evenly chosen timesteps of the schedule, from the least noise to the most: float32
