@@ -9,6 +9,7 @@ it.
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import time
 from collections import Counter, defaultdict
@@ -27,7 +28,7 @@ from snakemake_interface_logger_plugins.base import LogHandlerBase
 from snakemake_interface_logger_plugins.common import LogEvent
 
 from ecodiff.config.reading import read_document
-from ecodiff.runtime.errors import UserError
+from ecodiff.runtime.errors import ERROR, UserError
 
 TAIL = 15  # lines of a failed job's log
 ONE_LINE = {
@@ -41,7 +42,6 @@ SAID_BETTER = (
     "RuleException",
     "WorkflowError:\nAt least one",
 )
-ERROR = "ecodiff: error: "
 # Parts of what Snakemake says when it cannot read a config file.
 CONFIG_UNREAD = ("load_configfile", "Config file is not valid", "Config file must be")
 # Said by Snakemake without an event, and worth a line.
@@ -205,15 +205,23 @@ class Watch:
         rule, names, _ = self.jobs.pop(job.jobid, (job.rule_name, "", 0.0))
         if job.jobid in self.failed:  # told when it failed, and by Snakemake again at the end
             return
-        self.console.print(Text(f"failed: {rule} {names}".strip(), "bold red"), soft_wrap=True)
-        reason = f"{rule} {names} failed".strip()
-        for path in job.log or ():
+        what = f"{rule} {names}".strip()
+        self.console.print(Text(f"failed: {what}", "bold red"), soft_wrap=True)
+        said, began = of_slurm(getattr(job, "rule_msg", None) or "")
+        reasons = [f"{what} failed", *said]
+        for line in said:
+            self.console.print(Text(f"  {line}"), soft_wrap=True)
+        for path in (job.log or ()) if began else ():
             lines = tail(Path(path))
             for line in lines:
                 self.console.print(Text(f"  {line}"), soft_wrap=True)
             self.console.print(Text(f"  log: {path}", "dim"), soft_wrap=True)
-            reason = lines[-1] if lines and ERROR in lines[-1] else f"{reason}; see {path}"
-        self.failed[job.jobid] = reason
+            if lines and ERROR in lines[-1]:
+                reasons = [lines[-1]]
+                break
+            killed = "" if lines else " (empty: it was killed; out of memory or time?)"
+            reasons.append(f"see {path}{killed}")
+        self.failed[job.jobid] = "; ".join(reasons)
 
     def _say(self, record: logging.LogRecord) -> None:
         message = record.getMessage().strip()
@@ -260,6 +268,16 @@ def config_mistake(words: Sequence[str]) -> str | None:
         if not isinstance(document.values, dict):
             return f"config: {file}: should be a mapping of sections"
     return None
+
+
+def of_slurm(message: str) -> tuple[list[str], bool]:
+    """What SLURM says of a job that failed, in a line, and whether the job began at all."""
+    if refused := re.search(r"The error message was '(.*?)'\.?\n", message, re.DOTALL):
+        words = " ".join(refused[1].split()).removeprefix("sbatch: error: ")
+        return [f"slurm: {words.replace('sbatch: error: ', '')}"], False
+    if ended := re.search(r"SLURM-job '(\w+)' failed, SLURM status is: '(\w+)'", message):
+        return [f"slurm: job {ended[1]} ended as {ended[2]}"], True
+    return [], True
 
 
 def tail(log: Path) -> list[str]:

@@ -5,13 +5,16 @@ import sys
 import pandas as pd
 import pytest
 import torch
+import yaml
 from disks import mounted
 from imports import loaded_by
 
 from ecodiff import cli
 from ecodiff.prompts import read_prompts
+from ecodiff.runtime.devices import choose_device
 
-CALL = "{num_inference_steps: 2, guidance_scale: 3, height: 64, width: 64}"
+CALL_VALUES = {"num_inference_steps": 2, "guidance_scale": 3, "height": 64, "width": 64}
+CALL = yaml.safe_dump(CALL_VALUES)
 CPU = ("--load", "device: cpu")
 
 
@@ -91,6 +94,26 @@ def test_a_missing_model_is_one_line(tmp_path, capsys):
     words = ("generate", tmp_path / "none", table, tmp_path / "out", "--call", CALL, *CPU)
     assert ecodiff(*words) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("ecodiff: error: source: ")
+
+
+def test_a_job_that_asks_for_a_gpu_does_not_silently_run_without(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    choose_device.cache_clear()
+    model = {"source": "m", "call": CALL_VALUES, "resources": {"gpu": 2}}
+    prompts = {"source": "shapeworld", "count": 4, "seed": 5}
+    config = {
+        "run": "r",
+        "models": {"m": model},
+        "variants": [{"method": "random", "sparsities": [0.2]}],
+        "prompts": {"calibration": prompts, "evaluation": {**prompts, "seed": 99, "split": "held-out"}},
+    }
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    words = ("generate", "m", make_prompts(tmp_path), tmp_path / "out")
+    capsys.readouterr()
+    assert ecodiff(*words, "--config", tmp_path / "c.yaml", "--model", "m") == 2
+    said = capsys.readouterr().err
+    assert "models.m.resources.gpu: 2, but torch sees no GPU here" in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_two_ways_to_compensate_are_one_too_many(tmp_path, capsys):

@@ -13,7 +13,7 @@ from imports import loaded_by
 from PIL import Image
 from safetensors.numpy import load_file
 
-from ecodiff.runtime.errors import UserError, explained, one_line, tell
+from ecodiff.runtime.errors import UserError, explained, one_line, tell, users_fault
 
 
 def raised(call, *words, **options):
@@ -97,6 +97,20 @@ def test_on_a_terminal_it_is_a_line_that_says_how_to_see_more(capsys, monkeypatc
     tell(raised(fail, TypeError("a")), "mask", debug=False)
     line = "ecodiff: error: internal: TypeError: a; --debug shows where\n"
     assert capsys.readouterr().err == line
+
+
+def test_what_a_user_can_mend_is_told_from_what_may_be_tried_again(tmp_path, capsys):
+    log = tmp_path / "x.log"
+    found = {}
+    for error in (UserError("x: bad"), OSError(errno.ENOSPC, "no", "x"), TypeError("a")):
+        tell(raised(fail, error), "mask", debug=False)
+        log.write_text(capsys.readouterr().err + "what a launcher says afterwards\n")
+        found[type(error)] = users_fault(log)
+    assert found == {UserError: True, OSError: False, TypeError: False}
+
+
+def test_a_job_without_a_log_was_killed(tmp_path):
+    assert not users_fault(tmp_path / "none")
 
 
 def test_an_error_of_the_users_is_traced_only_when_asked(capsys):

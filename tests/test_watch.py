@@ -143,6 +143,42 @@ def test_an_error_of_the_users_is_its_line_alone(tmp_path):
     assert tail(log) == ["ecodiff: error: call: no"]
 
 
+REFUSED = (
+    "SLURM sbatch failed. The error message was 'sbatch: error: invalid partition specified: x\n"
+    "sbatch: error: Batch job submission failed: Invalid partition name specified'.\n    sbatch call:"
+)
+
+
+def last_line(job):
+    """What is said in the end of a run in which a job failed."""
+    seen = Seen()
+    seen(PLAN, job)
+    before = len(seen.file.getvalue())
+    seen.watch.end()
+    return seen.file.getvalue()[before:].strip()
+
+
+def test_what_slurm_refuses_is_its_reason_and_no_old_log(tmp_path):
+    log = tmp_path / "x.log"
+    log.write_text("ecodiff: error: call: of last week\n")
+    failed = begin(1, "mask", [str(log)])
+    failed.event, failed.rule_msg = LogEvent.JOB_ERROR, REFUSED
+    line = last_line(failed)
+    assert line.startswith("mask failed; slurm: invalid partition specified: x Batch job")
+    assert "last week" not in line
+
+
+def test_a_job_that_slurm_killed_says_how_it_ended_and_where_to_look(tmp_path):
+    log = tmp_path / "x.log"
+    log.touch()
+    failed = begin(1, "mask", [str(log)])
+    failed.event = LogEvent.JOB_ERROR
+    failed.rule_msg = "SLURM-job '7' failed, SLURM status is: 'OUT_OF_MEMORY'. Detailed"
+    line = last_line(failed)
+    assert line.startswith("mask failed; slurm: job 7 ended as OUT_OF_MEMORY; see ")
+    assert "(empty: it was killed" in line
+
+
 def test_a_log_that_is_not_there_is_no_fault(tmp_path):
     assert tail(tmp_path / "none") == []
 

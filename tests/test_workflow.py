@@ -101,6 +101,40 @@ def test_the_paper_is_planned_without_its_data(tmp_path, profile):
     assert all("gpu=1" in job for job in jobs_of(text, "mask"))
 
 
+@pytest.mark.parametrize("attempt", [1, 3])
+def test_each_try_asks_for_more_memory_and_time_and_gpus_where_they_are_used(tmp_path, attempt):
+    config = yaml.safe_load((ROOT / "config/paper.yaml").read_text())
+    config["models"] = {"sdxl": config["models"]["sdxl"]}
+    config["models"]["sdxl"]["resources"] = {"gpu": 4, "mem_mb": 100, "runtime": 10}
+    config["variants"] = [{"method": "ecodiff", "sparsities": [0.2]}]
+    config["evaluate"] |= {"efficiency": {}, "mask_cost": None}
+    (tmp_path / "paper.yaml").write_text(yaml.safe_dump(config))
+    words = ("--workflow-profile", ROOT / "profiles/slurm", "--attempt", attempt)
+    _, text = planned(tmp_path, tmp_path / "paper.yaml", *words)
+    for rule, gpu in {"mask": 4, "calibrate": 1, "prune": 1, "generate": 1}.items():
+        for job in jobs_of(text, rule):
+            assert f"mem_mb={100 * attempt}," in job and f"runtime={10 * attempt}," in job
+            assert f"gpu={gpu}" in job and "nodes=1" in job
+    [job] = jobs_of(text, "efficiency")
+    assert "slurm_extra=--exclusive" in job
+
+
+def test_every_rule_of_a_job_has_its_threads_in_the_profile_for_slurm(demo):
+    profile = yaml.safe_load((ROOT / "profiles/slurm/config.yaml").read_text())
+    known = {word.split("=")[0] for word in profile["set-threads"]}
+    on_one_core = {"all", "tables", "figures", "drawn_prompts", "prompts"}
+    assert known >= set(demo[0]) - on_one_core
+    assert known >= {"trajectory", "retrain", "ablation", "mask_error"}
+
+
+def test_a_mistyped_profile_is_one_line_and_nothing_runs(place):
+    words = ("--configfile", ROOT / "config/config.yaml", "--cores", 1)
+    done = snakemake(place, *words, "--workflow-profile", "profiles/slrum")
+    assert done.returncode == 2
+    [line] = done.stderr.splitlines()
+    assert line.startswith("--workflow-profile: there is no profile profiles/slrum; ")
+
+
 def test_toys_are_trained_only_when_asked(place):
     counts, _ = planned(place, ROOT / "config/config.yaml", "toys")
     assert counts == {"toy": 4, "toys": 1}

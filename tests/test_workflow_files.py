@@ -186,6 +186,16 @@ def test_a_users_error_in_a_job_is_said_once_and_last(finished):
     assert done.stderr.count("height") < 6
 
 
+def test_what_only_its_user_can_mend_is_not_tried_again(finished):
+    config = judged_on("txt")
+    config["models"]["tiny"]["call"] = {**config["models"]["tiny"]["call"], "height": 63}
+    target = "results/small/tiny/calibration.safetensors"
+    done = run(finished, config, target, "--retries", 2)
+    assert done.returncode == 1
+    assert done.stderr.count("failed: calibrate") == 1
+    assert not [*(finished / "results/small/logs/tiny").rglob("*.try-*.log")]
+
+
 def test_the_environment_may_lie_in_a_folder_with_a_space(finished, tmp_path):
     place = tmp_path / "an environment"
     place.symlink_to(Path(sys.executable).parents[1])

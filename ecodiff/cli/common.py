@@ -103,7 +103,14 @@ class Source:
 
         keep_freed_memory()
         chosen = self.of_model(LoadSettings, text, "load", option="--load").model_dump() | changes
-        return load_pipeline(model, **{**chosen, "device": choose_device(chosen["device"])})
+        device = choose_device(chosen["device"])
+        wanted = self.run.models[self.model or ""].resources.gpu if self.run else 0
+        if wanted and chosen["device"] == "auto" and device == "cpu":
+            raise UserError(
+                f"models.{self.model}.resources.gpu: {wanted}, but torch sees no GPU here;"
+                " load.device: cpu computes without"
+            )
+        return load_pipeline(model, **{**chosen, "device": device})
 
 
 @contextmanager

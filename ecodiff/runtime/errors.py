@@ -9,8 +9,11 @@ import sys
 import traceback
 from collections.abc import Iterable
 from itertools import islice
+from pathlib import Path
 
 USERS_FAULT, MACHINES_FAULT = 2, 1  # exit statuses; what a machine failed at may be tried again
+ERROR = "ecodiff: error: "  # begins the last line of a command that failed
+MACHINE, INTERNAL = "machine: ", "internal: "  # what follows it where a user can mend nothing
 MISUSES = {  # of files; other numbers are the machine's
     errno.EACCES,
     errno.EEXIST,
@@ -85,12 +88,23 @@ def tell(error: Exception, where: str, debug: bool) -> int:
     if traced:
         traceback.print_exception(error)
     if known is None:
-        line, status = f"internal: {type(error).__name__}: {error}", MACHINES_FAULT
+        line, status = f"{INTERNAL}{type(error).__name__}: {error}", MACHINES_FAULT
         tail = "" if traced else "; --debug shows where"
     else:
         (line, status), tail = known, ""
-    print(f"ecodiff: error: {one_line(line)}{tail}", file=sys.stderr)
+        line = f"{MACHINE}{line}" if status == MACHINES_FAULT else line
+    print(f"{ERROR}{one_line(line)}{tail}", file=sys.stderr)
     return status
+
+
+def users_fault(log: Path) -> bool:
+    """Whether a command's log says that it failed at what only its user can mend."""
+    try:
+        lines = log.read_text(errors="replace").splitlines()
+    except OSError:
+        return False
+    ours = (f"{ERROR}{MACHINE}", f"{ERROR}{INTERNAL}")
+    return any(line.startswith(ERROR) and not line.startswith(ours) for line in lines)
 
 
 def explained(error: Exception, where: str) -> tuple[str, int] | None:

@@ -16,7 +16,7 @@ rule ablation:
         "../../environment.yml"
     threads: 1
     resources:
-        gpu=resource("gpu"),
+        gpu=gpus(launched=True),
         mem_mb=resource("mem_mb"),
         runtime=resource("runtime"),
     params:
@@ -50,7 +50,7 @@ rule mask_error:
         "../../environment.yml"
     threads: 1
     resources:
-        gpu=resource("gpu"),
+        gpu=gpus(),
         mem_mb=resource("mem_mb"),
         runtime=resource("runtime"),
     params:

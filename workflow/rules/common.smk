@@ -6,13 +6,20 @@ from pathlib import Path
 
 import yaml
 
+from snakemake.jobs import Job
+
 from ecodiff.config.plan import Plan
 from ecodiff.config.run import load_planned
 from ecodiff.runtime import forkserver
 from ecodiff.runtime.artifacts import write_text
 from ecodiff.runtime.code import code_hash
-from ecodiff.runtime.errors import UserError
+from ecodiff.runtime.errors import UserError, users_fault
+from ecodiff.runtime.slurm import left_behind, profile_mistake
 from ecodiff.toys import TOYS
+
+if mistake := profile_mistake(sys.argv, Path(workflow.basedir)):
+    print(mistake, file=sys.stderr)
+    sys.exit(2)
 
 try:
     run, absent = load_planned(config, workflow.configfiles)
@@ -71,8 +78,49 @@ def settings(dpath):
 
 
 def resource(name):
-    """What a job that holds a model asks for, from that model's section."""
-    return lookup(dpath=f"models/{{model}}/resources/{name}", within=SETTINGS)
+    """What a job that holds a model asks for, from that model's section; each try asks for more."""
+
+    def asked(wildcards, attempt):
+        return attempt * getattr(plan.config.models[wildcards.model].resources, name)
+
+    return asked
+
+
+def growing(amount):
+    """An amount of memory or time that each try asks more of."""
+    return lambda wildcards, attempt: attempt * amount
+
+
+def gpus(launched=False):
+    """The GPUs of a job: all of its model's where it takes several, else one.
+
+    Args:
+        launched: whether `launch` starts a process on each.
+    """
+
+    def asked(wildcards):
+        model = plan.config.models[wildcards.model]
+        several = launched or model.load.device_map is not None
+        return model.resources.gpu if several else min(1, model.resources.gpu)
+
+    return asked
+
+
+def tries_left(job):
+    """How often a job that failed is tried again: not at all where only its user can mend it.
+
+    The next try writes over the log, so it is kept under the try's number.
+    """
+    logs = [Path(log) for log in job.log]
+    if any(map(users_fault, logs)):
+        return 0
+    if job.attempt <= job.rule.restart_times:
+        for log in filter(Path.exists, logs):
+            log.replace(log.with_suffix(f".try-{job.attempt}.log"))
+    return job.rule.restart_times
+
+
+Job.restart_times = property(tries_left)  # Snakemake asks it when a job has failed, and only then
 
 
 def each(flag, name):
@@ -107,7 +155,24 @@ def toy_inputs(toy):
 
 
 def begin():
-    """Writes all values of the run, defaults included, and makes jobs of this machine start at once."""
+    """Writes all values of the run, defaults included, and makes jobs of this machine start at once.
+
+    On a cluster, what a killed Snakemake left in the queue has to go first.
+    """
+    name = getattr(workflow.scheduler._executor, "run_uuid", None)  # of the jobs that SLURM will get
+    if name is not None:
+        file = Path(plan.results, "logs/slurm-name.txt")
+        before = file.read_text() if file.exists() else ""
+        if left := left_behind(before):
+            print(
+                f"slurm: jobs {', '.join(left)} of this run go on from a Snakemake that was killed;"
+                f" wait for them, or scancel --name {before}; then again",
+                file=sys.stderr,
+            )
+            sys.exit(2)
+        write_text(file, name)
+        if workflow.resource_settings.cores:
+            print("slurm: --cores caps the threads of each job; leave it out", file=sys.stderr)
     text = yaml.safe_dump(SETTINGS, sort_keys=False)
     if not Path(CONFIG).is_file() or Path(CONFIG).read_text() != text:
         write_text(CONFIG, text)

@@ -16,8 +16,8 @@ rule quality:
         "../../environment.yml"
     threads: 1
     resources:
-        gpu=resource("gpu"),
-        mem_mb=8000,
+        gpu=gpus(),
+        mem_mb=growing(8000),
         runtime=resource("runtime"),
     params:
         config=CONFIG,
@@ -48,7 +48,7 @@ rule efficiency:
         "../../environment.yml"
     threads: all_cores()
     resources:
-        gpu=resource("gpu"),
+        gpu=gpus(),
         mem_mb=resource("mem_mb"),
         runtime=resource("runtime"),
     params:
@@ -78,7 +78,7 @@ rule mask_cost:
         "../../environment.yml"
     threads: all_cores()
     resources:
-        gpu=resource("gpu"),
+        gpu=gpus(),
         mem_mb=resource("mem_mb"),
         runtime=resource("runtime"),
     params:

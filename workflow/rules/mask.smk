@@ -17,7 +17,7 @@ rule mask:
         "../../environment.yml"
     threads: 1
     resources:
-        gpu=resource("gpu"),
+        gpu=gpus(launched=True),
         mem_mb=resource("mem_mb"),
         runtime=resource("runtime"),
     params:
@@ -51,7 +51,7 @@ rule baseline:
         "../../environment.yml"
     threads: 1
     resources:
-        gpu=resource("gpu"),
+        gpu=gpus(),
         mem_mb=resource("mem_mb"),
         runtime=resource("runtime"),
     params:

@@ -14,8 +14,8 @@ rule prompts:
         "../../environment.yml"
     threads: 1
     resources:
-        mem_mb=1000,
-        runtime=30,
+        mem_mb=growing(1000),
+        runtime=growing(30),
     params:
         config=CONFIG,
         settings=settings("prompts/{set}"),

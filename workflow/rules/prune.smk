@@ -15,7 +15,7 @@ rule prune:
         "../../environment.yml"
     threads: 1
     resources:
-        gpu=resource("gpu"),
+        gpu=gpus(),
         mem_mb=resource("mem_mb"),
         runtime=resource("runtime"),
     params:

@@ -16,7 +16,7 @@ rule trajectory:
         "../../environment.yml"
     threads: 1
     resources:
-        gpu=resource("gpu"),
+        gpu=gpus(),
         mem_mb=resource("mem_mb"),
         runtime=resource("runtime"),
     params:
@@ -49,7 +49,7 @@ rule retrain:
         "../../environment.yml"
     threads: 1
     resources:
-        gpu=resource("gpu"),
+        gpu=gpus(),
         mem_mb=resource("mem_mb"),
         runtime=resource("runtime"),
     params:

@@ -15,8 +15,8 @@ rule toy:
         "../../environment.yml"
     threads: 1
     resources:
-        mem_mb=3000,
-        runtime=240,
+        mem_mb=growing(3000),
+        runtime=growing(240),
     params:
         vae=each("--vae", "vae"),
         code=code_hash("toys.making"),
