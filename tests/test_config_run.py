@@ -63,9 +63,9 @@ def test_a_model_changes_single_keys_of_shared_sections():
 def test_a_model_changes_single_keys_of_retraining():
     models = {"toy": {"source": "x", "call": CALL, "retrain": {"lora": {"rank": 3}}}}
     config = load_config(minimal(models=models, retrain={"lora": {"steps": 5}}))
-    lora = config.models["toy"].retrain.lora
+    lora = config.models["toy"].retrain["lora"]
     assert (lora.kind, lora.rank, lora.steps) == ("lora", 3, 5)
-    assert config.models["toy"].retrain.full.kind == "full"
+    assert config.models["toy"].retrain["full"].kind == "full"
 
 
 def test_a_variant_for_each_seed_of_the_scores():
@@ -136,7 +136,7 @@ def test_variants_can_be_of_some_models_only():
             },
             ["ablations.vary: batch-2 is named twice"],
         ),
-        ({"retrain": {"lora": {"kind": "full"}}}, ["kind must be the name of its section"]),
+        ({"retrain": {"lora": {"kind": "full"}}}, ["kind must be lora, as its name says"]),
         (
             {"prompts": {"calibration": {"source": "gcc", "count": 1}, "evaluation": SET}},
             ["prompts.calibration: source gcc needs the key path"],

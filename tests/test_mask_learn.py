@@ -336,7 +336,7 @@ def test_a_loss_that_is_not_finite_stops_names_prompts_and_keeps_the_state(flux,
     order = learner(flux)._rows(1)[0]
     broken.embeds["prompt_embeds"][order[0]] = torch.nan
     scratch = tmp_path / "state.safetensors"
-    with pytest.raises(UserError, match=rf"iteration 1: .*{PROMPTS[order[0]]}"):
+    with pytest.raises(UserError, match=rf"update 1: .*{PROMPTS[order[0]]}"):
         learn_mask(pipe, broken, MaskSettings(**QUICK, first_logit=3.0), 0.1, scratch)
     with safe_open(scratch, framework="pt") as file:
         history = json.loads(file.metadata()["ecodiff"])["info"]["history"]

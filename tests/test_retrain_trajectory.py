@@ -7,11 +7,12 @@ import torch
 from safetensors import safe_open
 from tiny import CALLS, tiny
 
-from ecodiff.models.pipelines import fingerprint
-from ecodiff.models.structures import denoiser_of
+import ecodiff
+from ecodiff.models.pipelines import encode, fingerprint, starting_noise
+from ecodiff.models.structures import denoiser_of, discover
 from ecodiff.retrain.trajectory import read, record
 from ecodiff.runtime.errors import UserError
-from ecodiff.trajectory.rollout import prediction_of
+from ecodiff.trajectory.rollout import dense_steps, prediction_of
 
 PROMPTS, SEEDS = ["a red ring", "a blue square", "a star"], [3, 4, 5]
 
@@ -33,6 +34,34 @@ def test_the_dense_model_predicts_again_what_was_recorded(family, tmp_path):
             with torch.no_grad():
                 output = denoiser(*step.args, **step.kwargs)
             assert torch.equal(prediction_of(output), step.prediction)
+
+
+@pytest.mark.parametrize("family", ["sdxl", "flux"])
+def test_where_a_pruned_model_leads_the_dense_one_answers(family, tmp_path):
+    """The latents are those of the pruned model's own loop, the predictions the dense model's."""
+    pipe, pruned = tiny(family), tiny(family)
+    ecodiff.prune(pruned, {s.name: torch.arange(s.units) % 2 == 0 for s in discover(pruned)})
+    record(pipe, PROMPTS, SEEDS, CALLS[family], 3, tmp_path, leader=pruned)
+    (batch,) = read([tmp_path], pipe, fingerprint(pipe))
+    embeds = encode(pruned, PROMPTS, CALLS[family])
+    met = dense_steps(pruned, embeds, starting_noise(pruned, SEEDS, CALLS[family]), CALLS[family])
+    denoiser = denoiser_of(pipe)
+    for number, own in enumerate(met):
+        step = batch.step(number, denoiser.device, denoiser.dtype)
+        for one, other in zip(
+            (*step.args, *step.kwargs.values()), (*own.args, *own.kwargs.values()), strict=True
+        ):
+            assert not isinstance(one, torch.Tensor) or torch.equal(one, other)
+        with torch.no_grad():
+            assert torch.equal(prediction_of(denoiser(*step.args, **step.kwargs)), step.prediction)
+        assert not torch.allclose(step.prediction, own.prediction, atol=1e-4)
+
+
+def test_a_leader_pruned_from_another_model_is_refused(tmp_path):
+    pruned = tiny("flux", seed=1)
+    ecodiff.prune(pruned, {s.name: torch.arange(s.units) % 2 == 0 for s in discover(pruned)})
+    with pytest.raises(UserError, match="pruned"):
+        record(tiny("flux"), PROMPTS, SEEDS, CALLS["flux"], 3, tmp_path, leader=pruned)
 
 
 def test_both_branches_of_guidance_are_there(tmp_path):

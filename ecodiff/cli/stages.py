@@ -24,12 +24,10 @@ from ecodiff.cli.common import (
     job,
     weight_bytes,
 )
-from ecodiff.config.reading import read_settings
 from ecodiff.config.sections import (
     MaskSettings,
     PromptSet,
     PruneSettings,
-    RetrainSection,
     RetrainSettings,
 )
 from ecodiff.runtime.errors import UserError
@@ -195,6 +193,9 @@ def trajectory(
     batch_size: Batch = 16,
     shard: Shard = 0,
     shard_size: ShardSize = None,
+    leader: Annotated[
+        Path | None, typer.Option(help="A pruned model, at whose latents the dense one is asked.")
+    ] = None,
     load: Load = None,
     config: ConfigFile = None,
     of: Of = None,
@@ -210,38 +211,37 @@ def trajectory(
     with job(
         "retrain.trajectory",
         folders=[out],
-        reads=[model, table, config],
+        reads=[model, table, leader, config],
         model=model,
+        leader=leader and str(leader),
         prompts=str(table),
         call=arguments,
     ):
         pipe = source.load(model, load)
+        led = source.load(str(leader), load, encoders=False) if leader else None
         with atomic(out, folder=True) as folder:
-            record(pipe, [*rows["prompt"]], [*rows["seed"]], arguments, batch_size, folder)
+            record(pipe, [*rows["prompt"]], [*rows["seed"]], arguments, batch_size, folder, led)
 
 
 def retrain(
     model: Annotated[str, typer.Argument(help="Folder of a pruned model.")],
     out: Out,
     data: Annotated[list[Path], typer.Option(help="What `ecodiff trajectory` wrote; repeatable.")],
-    kind: Annotated[str, typer.Option(help="lora, full or light: which section.")] = "lora",
+    recipe: Annotated[str, typer.Option(help="Which entry of the section retrain.")] = "lora",
     settings: Text = None,
     load: Load = None,
     config: ConfigFile = None,
     of: Of = None,
 ) -> None:
     """Teach a pruned model to predict what the dense one predicted."""
-    from ecodiff.models.saving import save
+    from ecodiff.models.saving import save, save_adapter
     from ecodiff.retrain.train import retrain as train
     from ecodiff.runtime.artifacts import atomic
     from ecodiff.runtime.state import unfinished
+    from ecodiff.runtime.workers import Workers
 
     source = Source(config, of)
-    kinds = source.of_model(RetrainSection, None, "retrain")
-    if kind not in RetrainSection.model_fields:
-        raise UserError(f"--kind: {kind} is not one of {', '.join(RetrainSection.model_fields)}")
-    changes = getattr(kinds, kind).model_dump()
-    chosen = read_settings(RetrainSettings, settings, changes, name="--settings")
+    chosen = source.of_model(RetrainSettings, settings, "retrain", recipe)
     with job(
         "retrain",
         folders=[out],
@@ -252,10 +252,14 @@ def retrain(
         **chosen.model_dump(),
     ):
         pipe = source.load(model, load)
-        curve = train(pipe, data, chosen, unfinished(out))
+        trained = train(pipe, data, chosen, unfinished(out))
+        if not Workers(pipe.device).is_first:
+            raise typer.Exit
         with atomic(out, folder=True) as folder:
             save(pipe, folder)
-            curve.to_csv(folder / "history.csv", index=False)
+            trained.history.to_csv(folder / "history.csv", index=False)
+            if trained.adapter:
+                save_adapter(pipe, trained.adapter, folder / "adapter")
 
 
 def generate(

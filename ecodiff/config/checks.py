@@ -111,11 +111,11 @@ def _roles(config: Config) -> dict[tuple[str | int, ...], str]:
         ("calibrate", "prompts"): config.calibrate.prompts,
         ("evaluate", "prompts"): config.evaluate.prompts,
     }
-    for kind, section in config.retrain:
+    for kind, section in config.retrain.items():
         if section.prompts is not None:
             roles["retrain", kind, "prompts"] = section.prompts
     for model, own in config.models.items():
-        for kind, section in own.retrain:
+        for kind, section in own.retrain.items():
             if section.prompts not in (None, roles.get(("retrain", kind, "prompts"))):
                 roles["models", model, "retrain", kind, "prompts"] = str(section.prompts)
     if config.ablations:
@@ -129,6 +129,11 @@ def _variants(config: Config) -> Iterator[Mistake]:
             if model not in config.models:
                 known = ", ".join(config.models)
                 yield ("variants", index, "models"), f"no model {model!r}; there are {known}"
+        for model in family.models or config.models:
+            own = config.models.get(model)
+            if own and family.retrain and family.retrain not in own.retrain:
+                known = ", ".join(own.retrain)
+                yield ("variants", index, "retrain"), f"no {family.retrain!r}; there are {known}"
     for model in config.models:
         counts = Counter(variant.name for variant in config.variants_of(model))
         for name, times in counts.items():
@@ -200,12 +205,12 @@ def _amounts(config: Config) -> Iterator[Mistake]:
             ):
                 if key in point.changes:
                     yield ("ablations", "vary", key), message
-        for kind in {v.retrain for v in config.variants_of(model)} - {None}:
-            section = getattr(own.retrain, str(kind))
+        for recipe in {v.retrain for v in config.variants_of(model)} & own.retrain.keys():
+            section = own.retrain[str(recipe)]
             count = config.prompts[section.prompts or config.calibrate.prompts].count
             if 2 * section.batch > count:
                 message = f"{section.batch} of {count} prompts; two batches at least are needed"
-                yield ("retrain", str(kind), "batch"), message
+                yield ("retrain", str(recipe), "batch"), message
 
 
 def _mask_amounts(mask: MaskSettings, prompts: int, steps: int) -> Iterator[tuple[str, str]]:

@@ -156,8 +156,7 @@ class Plan:
     def aim(self, mask: str) -> list[str]:
         """What `ecodiff mask` is told of a mask beside the config: what its name says."""
         variant = Variant.parse(mask)
-        seed = {} if variant.seed is None else {"seed": variant.seed}
-        return _aim(variant.method, variant.percent, seed)
+        return _aim(variant.method, variant.percent, _seed(variant))
 
     def mask_data(self, model: str, mask: str) -> list[str]:
         """What a mask's method looks at."""
@@ -194,15 +193,28 @@ class Plan:
 
     def retraining(self, model: str, variant: str) -> RetrainSettings:
         """The settings that a variant is retrained by."""
-        section = self.config.models[model].retrain
-        return getattr(section, Variant.parse(variant).retrain or "")
+        chosen = Variant.parse(variant)
+        found = self.config.models[model].retrain[str(chosen.retrain)]
+        return found if chosen.seed is None else found.model_copy(update={"seed": chosen.seed})
+
+    def retraining_aim(self, model: str, variant: str) -> list[str]:
+        """What `ecodiff retrain` is told of a variant beside the config: what its name says."""
+        chosen = Variant.parse(variant)
+        return ["--recipe", str(chosen.retrain), *_settings(_seed(chosen))]
 
     def trajectories(self, model: str, variant: str) -> list[str]:
-        """The dense model's trajectory that a variant is retrained on, in shards."""
-        settings = self.retraining(model, variant)
+        """The trajectories that a variant is retrained on, in shards: the dense model's, and where
+        the recipe says so the pruned one's own."""
+        settings, pruned = self.retraining(model, variant), Variant.parse(variant).pruned
+        folders = [f"{self.results}/{model}"]
+        if settings.states == "both":
+            folders.append(f"{self.results}/{model}/{pruned.name}")
         prompts = settings.prompts or self.config.calibrate.prompts
-        folder = f"{self.results}/{model}/trajectories/{prompts}-{settings.batch}"
-        return [f"{folder}/{shard}" for shard in range(self._shards(prompts))]
+        return [
+            f"{folder}/trajectories/{prompts}-{settings.batch}/{shard}"
+            for folder in folders
+            for shard in range(self._shards(prompts))
+        ]
 
     def shards(self, model: str, variant: str) -> list[str]:
         """The image shards of a variant."""
@@ -262,8 +274,15 @@ class Plan:
 
 
 def _aim(method: str, percent: int, changes: Mapping[str, Any]) -> list[str]:
-    settings = ["--settings", json.dumps(changes)] if changes else []
-    return ["--method", method, "--percent", str(percent), *settings]
+    return ["--method", method, "--percent", str(percent), *_settings(changes)]
+
+
+def _seed(variant: Variant) -> dict[str, int]:
+    return {} if variant.seed is None else {"seed": variant.seed}
+
+
+def _settings(changes: Mapping[str, Any]) -> list[str]:
+    return ["--settings", json.dumps(changes)] if changes else []
 
 
 def _options(variants: Iterable[tuple[str, str]]) -> list[str]:

@@ -29,9 +29,9 @@ from ecodiff.config.sections import (
     Name,
     PromptSet,
     PruneSettings,
+    Recipes,
     ReportSettings,
     ResourceSettings,
-    RetrainSection,
     Settings,
 )
 from ecodiff.config.variants import Variant, VariantSettings
@@ -50,7 +50,7 @@ class ModelSettings(Settings):
     resources: ResourceSettings = ResourceSettings()
     mask: MaskSettings = MaskSettings()
     """What differs from the section `mask`."""
-    retrain: RetrainSection = RetrainSection()
+    retrain: Recipes = Field({}, validate_default=True)
     """What differs from the section `retrain`."""
 
 
@@ -66,7 +66,8 @@ class Config(Settings):
     calibrate: CalibrateSettings = CalibrateSettings()
     mask: MaskSettings = MaskSettings()
     prune: PruneSettings = PruneSettings()
-    retrain: RetrainSection = RetrainSection()
+    retrain: Recipes = Field({}, validate_default=True)
+    """Ways of retraining: `lora`, `full`, `light`, and others under names of their own."""
     generate: GenerateSettings = GenerateSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     report: ReportSettings = ReportSettings()
@@ -93,12 +94,8 @@ class Config(Settings):
 
     def prompts_learned(self) -> list[str]:
         """The prompt sets that masks are learned from and models retrained on."""
-        kinds = [
-            section
-            for model in (self, *self.models.values())
-            for section in (model.retrain.lora, model.retrain.full, model.retrain.light)
-        ]
-        names = (kind.prompts for kind in kinds if kind.prompts is not None)
+        sections = [self.retrain, *(model.retrain for model in self.models.values())]
+        names = [one.prompts for section in sections for one in section.values() if one.prompts]
         return [*dict.fromkeys([self.calibrate.prompts, *names])]
 
     def ablations_of(self, model: str) -> list[Ablation]:

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -312,58 +313,95 @@ class RetrainSettings(Settings):
 
     kind: RetrainKind = "lora"
     """`lora`: low-rank updates of attention and feed-forward linears, merged into the weights at
-    the end. `full`: all weights, 16 bytes a parameter. `light`: biases and norms alone."""
+    the end and saved beside them. `full`: all weights. `light`: biases and norms alone."""
     prompts: Name | None = None
     """Prompt set that the dense model's trajectory is recorded on; null: the calibration set. A
     hundred prompts are few: 400 to 5,000."""
+    states: Literal["dense", "both"] = "dense"
+    """Latents to learn at. `dense`: those that the dense model meets. `both`: also those that the
+    pruned model meets before it is retrained, where the dense model is asked as well; that corrects
+    what adds up from step to step, and takes a recording for each variant."""
     rank: PositiveInt = 16
     """lora: rank of the updates. 4 to 256; the paper uses 16 for SDXL and 256 for FLUX."""
+    alpha: PositiveFloat | None = None
+    """lora: updates are multiplied by alpha / rank; null: by 1. For rank-stabilised LoRA (rsLoRA)
+    give its alpha times the root of the rank."""
+    optimiser: Literal["adamw", "adamw8bit"] = "adamw"
+    """`adamw`: float32 weights and moments, 16 bytes a trained parameter. `adamw8bit` (torchao):
+    weights in the model's dtype, bfloat16 ones with stochastic rounding, and moments of a byte: 6
+    bytes a parameter, which trains all of FLUX in 80 GB."""
     lr: PositiveFloat = 1e-3
-    """Learning rate of AdamW at its highest. On the toys 3e-4 to 2e-3; the paper uses 1e-6 for lora
-    and 1e-7 for full, for 10,000 steps and more of a batch of 32."""
+    """Learning rate at its highest. On the toys 3e-4 to 3e-3; the paper uses 1e-6 for
+    lora and 1e-7 for full, for 10,000 steps and more of a batch of 32."""
     warmup: Annotated[float, Field(ge=0, le=1)] = 0.05
     """Share of the steps over which the learning rate rises; then it falls by a cosine to 0."""
     steps: PositiveInt = 1000
-    """Updates; time grows in proportion. 200 to 600 for a toy; the paper uses 10,000 to 40,000."""
+    """Updates; time grows in proportion. 200 to 1,500 for a toy; the paper takes 10,000 to
+    40,000."""
     batch: PositiveInt = 16
-    """Prompts per update, all at one step of the trajectory; activation memory grows in proportion.
-    The paper uses 4 to 32."""
+    """Prompts that pass together, all at one step of the trajectory; activation memory grows in
+    proportion. The paper uses 4 to 32."""
+    accumulate: PositiveInt = 1
+    """Batches, each at a step of its own, whose mean gradient makes one update: time grows in
+    proportion, memory does not."""
+    checkpoint: bool = False
+    """Recompute each block in the backward pass instead of keeping its activations: a third more
+    time, for the memory of one block."""
+    average: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay of the moving average of the weights (EMA) that is saved instead of the last ones: 0.99
+    to 0.9999; 0: none. It rises to that value over the first updates. A copy of what is trained."""
     clip: PositiveFloat = 1.0
     """Largest norm of an update's gradient."""
     save_every: PositiveInt = 100
     """Steps after which the state is written: a job that is killed loses at most so many."""
     seed: Seed = 0
-    """Of the order of batches and steps, and of the first LoRA weights."""
-
-
-class RetrainSection(Settings):
-    """The settings of the kinds of retraining that variants can name."""
-
-    lora: RetrainSettings = RetrainSettings(kind="lora")
-    full: RetrainSettings = RetrainSettings(kind="full", lr=3e-4)
-    light: RetrainSettings = RetrainSettings(kind="light")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _kind_is_the_key(cls, data: Any) -> Any:
-        """Each kind's values are put over its own defaults."""
-        if not isinstance(data, Mapping):
-            return data
-        return {
-            key: {**_retraining(key), **value} if isinstance(value, Mapping) else value
-            for key, value in data.items()
-        }
+    """Of the order of batches and steps, and of the first LoRA weights. A variant with a seed of
+    its own is retrained with that."""
 
     @model_validator(mode="after")
-    def _kinds_agree(self) -> RetrainSection:
-        if any(getattr(self, kind).kind != kind for kind in get_args(RetrainKind)):
-            raise ValueError("kind must be the name of its section")
+    def _keys_are_read(self) -> RetrainSettings:
+        for key in ("rank", "alpha"):
+            is_set = getattr(self, key) != RetrainSettings.model_fields[key].default
+            if self.kind != "lora" and is_set:
+                raise ValueError(f"{key}: nothing reads it with kind: {self.kind}")
         return self
 
 
-def _retraining(kind: str) -> dict[str, Any]:
-    field = RetrainSection.model_fields.get(kind)
-    return field.default.model_dump() if field else {}
+def _recipes(data: Any) -> Any:
+    """Each kind is a recipe of that name; others say which kind they are."""
+    if not isinstance(data, Mapping):
+        return data
+    found: dict[Any, Any] = {kind: {"kind": kind} for kind in get_args(RetrainKind)}
+    for name, value in data.items():
+        if isinstance(value, Mapping) and name in found:
+            value = {**found[name], **value}
+        elif isinstance(value, Mapping) and "kind" not in value:
+            kinds = ", ".join(get_args(RetrainKind))
+            raise ValueError(f"{name}: a recipe of this name needs the key kind: {kinds}")
+        if value is not None or name not in found:
+            found[name] = value
+    return found
+
+
+def _kinds_agree(recipes: dict[str, RetrainSettings]) -> dict[str, RetrainSettings]:
+    for kind in get_args(RetrainKind):
+        if recipes[kind].kind != kind:
+            raise ValueError(f"{kind}: kind must be {kind}, as its name says")
+    return recipes
+
+
+def _no_other_part(name: str) -> str:
+    if re.fullmatch(r"comp|s\d+", name):
+        raise ValueError(f"{name} means something else in a variant's name; choose another")
+    return name
+
+
+RecipeName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9]*$"), AfterValidator(_no_other_part)]
+Recipes = Annotated[
+    dict[RecipeName, RetrainSettings], BeforeValidator(_recipes), AfterValidator(_kinds_agree)
+]
+"""Ways of retraining by their names, which variants' names end with: `lora`, `full` and `light`,
+and others that say their kind."""
 
 
 class CalibrateSettings(Settings):

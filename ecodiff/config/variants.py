@@ -13,7 +13,7 @@ from ecodiff.config.sections import (
     MethodName,
     Name,
     NonEmpty,
-    RetrainKind,
+    RecipeName,
     Seed,
     Settings,
     Share,
@@ -51,9 +51,9 @@ class VariantSettings(Settings):
     seeds: NonEmpty[Seed] | None = None
     """One variant for each of these seeds; null: one, with the seed of the section `mask`. Each
     seed scores all units again."""
-    retrain: RetrainKind | None = None
-    """Retrain the pruned model with the settings of `retrain.lora`, `retrain.full` or
-    `retrain.light`; null: not."""
+    retrain: RecipeName | None = None
+    """Retrain the pruned model by this recipe of the section `retrain`: lora, full, light, or one
+    under a name of your own; null: not."""
     models: NonEmpty[Name] | None = None
     """The models it applies to; null: all."""
 
@@ -88,14 +88,14 @@ class Variant:
         method: a key of `METHODS`, or `dense` for the untouched model.
         percent: target sparsity in whole per cent.
         compensation: whether surviving weights are re-solved by least squares.
-        retrain: `lora`, `full` or None.
+        retrain: a recipe of the section `retrain`, or None.
         seed: seed of the scores; None: that of the section `mask`.
     """
 
     method: MethodName | Literal["dense"] = "dense"
     percent: int = 0
     compensation: bool = False
-    retrain: RetrainKind | None = None
+    retrain: RecipeName | None = None
     seed: int | None = None
 
     @property
@@ -139,7 +139,7 @@ class Variant:
         if match is None:
             raise UserError(
                 f"variant {name!r}: expected dense or "
-                f"({'|'.join(METHODS)})-<percent>[-s<seed>][-comp][-lora|-full|-light]"
+                f"({'|'.join(METHODS)})-<percent>[-s<seed>][-comp][-<recipe of retrain>]"
             )
         if match["method"] is None:
             return cls()
@@ -150,5 +150,5 @@ class Variant:
 
 VARIANT_NAME = re.compile(
     rf"dense|(?P<method>{'|'.join(METHODS)})-(?P<percent>[1-9]\d?)"
-    r"(?:-s(?P<seed>\d+))?(?P<comp>-comp)?(?:-(?P<retrain>lora|full|light))?"
+    r"(?:-s(?P<seed>\d+))?(?P<comp>-comp)?(?:-(?P<retrain>(?!comp$|s\d+$)[a-z][a-z0-9]*))?"
 )

@@ -1,12 +1,11 @@
 """Mask learning: optimise the logits of all gates through the whole denoising loop.
 
-This file is the loop around the updates: its state on disk, what a person sees of it, and what it
-says when memory does not suffice. One update is in `learner`.
+One update is in `learner`; this file says what a run depends on, and what to change when memory
+does not suffice.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -21,9 +20,10 @@ from ecodiff.calibrate import Calibration
 from ecodiff.config.sections import MaskSettings
 from ecodiff.mask.learner import Learner
 from ecodiff.runtime.code import code_hash
-from ecodiff.runtime.errors import Stopped, UserError
-from ecodiff.runtime.progress import Row, watched
-from ecodiff.runtime.state import State, Termination
+from ecodiff.runtime.errors import UserError
+from ecodiff.runtime.optimise import optimise
+from ecodiff.runtime.progress import Row
+from ecodiff.runtime.state import State
 from ecodiff.trajectory.rollout import frozen
 
 COLUMNS = (
@@ -38,8 +38,6 @@ COLUMNS = (
 )
 # Settings that change the cost of learning and not its result: a run may be continued with others.
 COST_ONLY = {"checkpoint", "keep_steps", "memory_mb", "save_every", "debug"}
-
-log = logging.getLogger(__name__)
 
 
 def learn_mask(
@@ -82,30 +80,11 @@ def learn_mask(
         "calibration": [calibration.fingerprint, calibration.prompts, calibration.seeds],
     }
     state = State(scratch, identity, learner.gates.logits, learner.optimiser)
-    termination = Termination()
-    with (
-        _memory_explained(settings),
-        termination.heeded(),
-        frozen(learner.denoiser),
-        watched(settings.iterations, partial(_line, settings.iterations), state.path) as show,
-    ):
-        history = learner.begin(state)
-        while len(history) < settings.iterations and not learner.is_settled(history):
-            try:
-                row = learner.differentiate(len(history))
-                with termination.put_off():
-                    history.append(learner.apply(row))
-                    if len(history) % settings.save_every == 0:
-                        state.write(learner.info(history))
-            except FloatingPointError as error:
-                state.write(learner.info(history))
-                raise UserError(f"mask: iteration {len(history)}: {error}") from error
-            except Stopped:
-                state.write(learner.info(history))
-                log.info("mask: stopped after %s iterations; run it again to go on", len(history))
-                raise
-            show(history[-1])
-    state.discard()
+    with _memory_explained(settings), frozen(learner.denoiser):
+        describe = partial(_line, settings.iterations)
+        history = optimise(
+            learner, state, settings.iterations, settings.save_every, describe, stage="mask"
+        )
     scores = {name: logits.detach().cpu().clone() for name, logits in learner.gates.logits.items()}
     return scores, pd.DataFrame(history, columns=list(COLUMNS))
 

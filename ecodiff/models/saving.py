@@ -16,6 +16,9 @@ import diffusers
 import torch
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from safetensors.torch import save_file
+from torch import Tensor
 
 from ecodiff.models.complete import check_components, read_json
 from ecodiff.models.pruned import Pruned
@@ -48,6 +51,20 @@ def save(pipe: DiffusionPipeline, folder: str | Path) -> None:
     """
     with atomic(folder, folder=True) as scratch:
         pipe.save_pretrained(scratch, safe_serialization=True, max_shard_size=SHARD)
+
+
+def save_adapter(pipe: DiffusionPipeline, adapter: Mapping[str, Tensor], folder: Path) -> None:
+    """Write a LoRA adapter of a pipeline's denoiser as diffusers' `load_lora_weights` reads it.
+
+    Args:
+        pipe: the pipeline.
+        adapter: `<linear>.lora_A.weight` and `<linear>.lora_B.weight`, by peft's names.
+        folder: made for `pytorch_lora_weights.safetensors`.
+    """
+    name = next(name for name in ("unet", "transformer") if getattr(pipe, name, None) is not None)
+    folder.mkdir()
+    tensors = {f"{name}.{key}": value.contiguous() for key, value in adapter.items()}
+    save_file(tensors, folder / LORA_WEIGHT_NAME_SAFE, metadata={"format": "pt"})
 
 
 def load(

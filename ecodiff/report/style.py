@@ -10,9 +10,9 @@ from ecodiff.config.methods import METHODS
 from ecodiff.config.variants import Variant
 
 BLACK = "#000000"
-MARKERS = {None: "o", "lora": "^", "full": "s", "light": "v"}
+MARKERS = {"lora": "^", "full": "s", "light": "v"}
 REMOVED = "Parameters removed (% of the denoiser)"
-RETRAINED = {None: "", "lora": " + LoRA", "full": " + retraining", "light": " + biases and norms"}
+RETRAINED = {"lora": "LoRA", "full": "retraining", "light": "biases and norms"}
 
 
 def colour(variant: Variant) -> str:
@@ -22,9 +22,10 @@ def colour(variant: Variant) -> str:
 
 def look(variant: Variant) -> dict[str, Any]:
     """The style of a method's line: keyword arguments for matplotlib's `plot`."""
-    found = {"color": colour(variant), "marker": MARKERS[variant.retrain], "markersize": 6}
+    found = {"color": colour(variant), "marker": "o", "markersize": 6}
     if variant.retrain:
-        return found | {"linestyle": ":", "markersize": 9, "markeredgecolor": "black"}
+        marker = {"marker": MARKERS.get(variant.retrain, "P"), "markersize": 9}
+        return found | marker | {"linestyle": ":", "markeredgecolor": "black"}
     return found | {"linestyle": "--", "marker": "D"} if variant.compensation else found
 
 
@@ -32,7 +33,8 @@ def method(variant: Variant) -> str:
     """The name of a variant's method, such as "EcoDiff + least squares"."""
     compensated = " + least squares" if variant.compensation else ""
     title = "Dense" if variant.is_dense else METHODS[variant.method].title
-    return title + compensated + RETRAINED[variant.retrain]
+    recipe = variant.retrain
+    return title + compensated + (f" + {RETRAINED.get(recipe, recipe)}" if recipe else "")
 
 
 def label(variant: Variant) -> str:

@@ -1,8 +1,7 @@
 """Which parameters of a pruned denoiser are trained: adapters, all of them, or the lightest.
 
-Each kind is a context that yields name -> parameter, in float32 whatever the model's dtype, since
-an update of 1e-6 is below what bfloat16 can tell apart. At its end the denoiser has its class and
-dtype again.
+Each kind is a context that yields name -> parameter, in a dtype in which small updates are not
+lost. At its end the denoiser has its class and dtype again, and adapters are merged into it.
 """
 
 from __future__ import annotations
@@ -15,18 +14,23 @@ from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 
 from ecodiff.config.sections import RetrainSettings
 from ecodiff.models.saving import dense_structures
 from ecodiff.runtime.errors import UserError
 
 Parameters = dict[str, nn.Parameter]
+ADAPTER = "default"
 
 
 @contextmanager
 def trainable(denoiser: nn.Module, settings: RetrainSettings) -> Iterator[Parameters]:
-    """Yield the parameters to train; then restore `requires_grad` and drop gradients."""
+    """Yield the parameters to train; then restore `requires_grad` and drop gradients.
+
+    Raises:
+        UserError: a rank above the layers' widths, or a dtype that the optimiser can't train.
+    """
     wanted = {name: p.requires_grad for name, p in denoiser.named_parameters()}
     denoiser.requires_grad_(False)
     try:
@@ -53,10 +57,11 @@ def _lora(denoiser: nn.Module, settings: RetrainSettings) -> Iterator[Parameters
     widest = max((min(present[t].weight.shape[:2]) for t in targets), default=0)
     if settings.rank > widest:
         raise UserError(f"retrain: rank: {settings.rank} is above the widest layer's {widest}")
-    config = LoraConfig(r=settings.rank, lora_alpha=settings.rank, target_modules=targets)
+    alpha = settings.rank if settings.alpha is None else settings.alpha
+    config = LoraConfig(r=settings.rank, lora_alpha=alpha, target_modules=targets)
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
-        adapted = LoraModel(denoiser, config, "default")
+        adapted = LoraModel(denoiser, config, ADAPTER)
     cast_training_params(denoiser, torch.float32)
     try:
         yield _wanted(denoiser)
@@ -78,26 +83,51 @@ def _merge(layer: BaseTunerLayer) -> None:
     base.to(dtype)
 
 
+def adapter_of(parameters: Parameters, settings: RetrainSettings) -> dict[str, Tensor]:
+    """The trained updates by themselves, as peft names them: `<linear>.lora_A.weight` (rank, in)
+    and `<linear>.lora_B.weight` (out, rank), float32 on the CPU; none of other kinds.
+
+    alpha / rank is in lora_B, so that whoever loads them need know nothing else.
+    """
+    if settings.kind != "lora":
+        return {}
+    scale = 1.0 if settings.alpha is None else settings.alpha / settings.rank
+    found = {}
+    for name, value in parameters.items():
+        factor = scale if ".lora_B." in name else 1.0
+        found[name.replace(f".{ADAPTER}.", ".")] = value.detach().cpu() * factor
+    return found
+
+
 @contextmanager
 def _full(denoiser: nn.Module, settings: RetrainSettings) -> Iterator[Parameters]:
-    """All weights: 16 bytes a parameter for weights, gradients and moments."""
-    with _in_float32(denoiser):
+    """All weights."""
+    with _in_dtype_of_training(denoiser, settings):
         denoiser.requires_grad_(True)
-        yield {name: p for name, p in _wanted(denoiser).items() if p.numel()}
+        yield _wanted(denoiser)
 
 
 @contextmanager
 def _light(denoiser: nn.Module, settings: RetrainSettings) -> Iterator[Parameters]:
     """Biases and the weights of norms (PERP; Zimmer et al. 2023): vectors, hardly any memory."""
-    with _in_float32(denoiser):
+    with _in_dtype_of_training(denoiser, settings):
         for parameter in denoiser.parameters():
             parameter.requires_grad_(parameter.ndim == 1)
-        yield {name: p for name, p in _wanted(denoiser).items() if p.numel()}
+        yield _wanted(denoiser)
 
 
 @contextmanager
-def _in_float32(denoiser: nn.Module) -> Iterator[None]:
+def _in_dtype_of_training(denoiser: nn.Module, settings: RetrainSettings) -> Iterator[None]:
+    """float32, since an update of 1e-6 is below what bfloat16 can tell apart; where the optimiser
+    rounds stochastically, the model's own."""
     dtype = denoiser.dtype
+    if settings.optimiser == "adamw8bit":
+        if dtype == torch.float16:
+            raise UserError(
+                "retrain: optimiser: adamw8bit trains bfloat16 and float32 weights, not float16"
+            )
+        yield
+        return
     nn.Module.to(denoiser, torch.float32)  # diffusers' own warns of what is meant here
     try:
         yield
@@ -106,7 +136,7 @@ def _in_float32(denoiser: nn.Module) -> Iterator[None]:
 
 
 def _wanted(denoiser: nn.Module) -> Parameters:
-    return {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
+    return {name: p for name, p in denoiser.named_parameters() if p.requires_grad and p.numel()}
 
 
 KINDS: dict[str, Callable[[nn.Module, RetrainSettings], AbstractContextManager[Parameters]]] = {

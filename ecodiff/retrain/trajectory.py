@@ -26,7 +26,14 @@ from torch.utils._pytree import tree_flatten, tree_unflatten, treespec_dumps, tr
 
 from ecodiff.models.families import Call
 from ecodiff.models.identity import same_denoiser
-from ecodiff.models.pipelines import check_fingerprint, encode, fingerprint, starting_noise
+from ecodiff.models.pipelines import (
+    check_dense,
+    check_fingerprint,
+    encode,
+    fingerprint,
+    starting_noise,
+)
+from ecodiff.models.structures import denoiser_of
 from ecodiff.runtime.errors import UserError
 from ecodiff.trajectory.rollout import DenseStep, dense_steps
 
@@ -40,6 +47,7 @@ def record(
     call: Call,
     batch: int,
     folder: Path,
+    leader: DiffusionPipeline | None = None,
 ) -> None:
     """Record the dense model on prompts: a file of `folder` a batch.
 
@@ -49,7 +57,14 @@ def record(
         call: how the pipeline is called.
         batch: prompts a file, and an update of the model that learns from it.
         folder: where to write `00000.safetensors` and so on.
+        leader: a pipeline pruned from it, at whose own latents the dense one is asked; None: at
+            those of the dense one.
+
+    Raises:
+        UserError: the leader was pruned from another model.
     """
+    if leader is not None:
+        check_dense(leader, pipe)
     origin = {"fingerprint": fingerprint(pipe), "call": dict(call)}
     count = -(-len(prompts) // batch)
     for number in range(count):
@@ -57,7 +72,7 @@ def record(
         with torch.inference_mode():
             embeds = encode(pipe, list(prompts[rows]), call)
             noise = starting_noise(pipe, list(seeds[rows]), call)
-            steps = dense_steps(pipe, embeds, noise, call)
+            steps = dense_steps(pipe, embeds, noise, call, leader and denoiser_of(leader))
         _write(folder / f"{number:05d}.safetensors", steps, {**origin, "prompts": prompts[rows]})
         log.info("trajectory: batch %s of %s", number + 1, count)
 

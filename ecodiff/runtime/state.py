@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ecodiff.runtime.artifacts import atomic, sweep
 from ecodiff.runtime.errors import Stopped
@@ -67,13 +68,15 @@ class Termination:
 
 
 class State:
-    """Parameters, AdamW's moments and anything that JSON holds, in one safetensors file.
+    """Parameters, an optimiser's moments and anything that JSON holds, in one safetensors file.
 
     Args:
         path: the file, or None to keep nothing.
         identity: what the run depends on; the state of a run that differs is not continued.
         parameters: name -> parameter, each one that `optimiser` updates.
-        optimiser: an AdamW.
+        optimiser: an AdamW, of torch or torchao.
+        copies: of parameters, such as their moving average: name of the copy -> parameter name ->
+            tensor; restored in place.
     """
 
     def __init__(
@@ -82,10 +85,12 @@ class State:
         identity: dict[str, Any],
         parameters: Mapping[str, Tensor],
         optimiser: torch.optim.Optimizer,
+        copies: Mapping[str, Mapping[str, Tensor]] | None = None,
     ) -> None:
         self.path = None if path is None else Path(path)
         self.identity = json.loads(json.dumps(identity, default=str))
         self.parameters, self.optimiser = dict(parameters), optimiser
+        self.kept = {"value": self.parameters, **(copies or {})}
 
     def write(self, info: Mapping[str, Any]) -> None:
         """Write the state, whole or not at all, with whatever else the run needs to go on."""
@@ -119,19 +124,38 @@ class State:
             sweep(self.path)
 
     def _tensors(self) -> dict[str, Tensor]:
-        tensors = {}
+        tensors = {
+            f"{part}/{name}": value
+            for part, values in self.kept.items()
+            for name, value in values.items()
+        }
         for name, parameter in self.parameters.items():
-            tensors[f"value/{name}"] = parameter.detach().cpu().contiguous()
             for key, value in self.optimiser.state[parameter].items():
-                tensors[f"{key}/{name}"] = value.cpu().contiguous()
-        return tensors
+                tensors |= {f"{part}/{name}": one for part, one in _parts(key, value).items()}
+        return {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
 
+    @torch.no_grad()
     def _load(self, tensors: dict[str, Tensor]) -> None:
-        for key, value in tensors.items():
-            part, _, name = key.partition("/")
-            parameter = self.parameters[name]
-            if part == "value":
-                parameter.data.copy_(value)
-            else:  # AdamW keeps its step counters on the CPU
-                device = "cpu" if part == "step" else parameter.device
-                self.optimiser.state[parameter][part] = value.to(device)
+        self._make_moments()
+        for part, values in self.kept.items():
+            for name, value in values.items():
+                value.copy_(tensors[f"{part}/{name}"])
+        for name, parameter in self.parameters.items():
+            for key, value in self.optimiser.state[parameter].items():
+                for part, one in _parts(key, value).items():
+                    one.copy_(tensors[f"{part}/{name}"])
+
+    def _make_moments(self) -> None:
+        """An optimiser makes its moments at its first step: one that moves nothing."""
+        for parameter in self.parameters.values():
+            parameter.grad = torch.zeros_like(parameter)
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+
+
+def _parts(key: str, value: Tensor) -> dict[str, Tensor]:
+    """The plain tensors that a moment consists of: torchao's of 8 bits have codes and scales."""
+    if not is_traceable_wrapper_subclass(value):
+        return {key: value}
+    names, _ = value.__tensor_flatten__()
+    return {f"{key}.{name}": getattr(value, name) for name in names}

@@ -1,14 +1,16 @@
-"""The processes that learn one mask together, each on its own device and share of the prompts."""
+"""The processes of one optimisation, each on its own device and with its share of the data."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
 from torch import Tensor
+
+BUCKET = 2**24  # elements that are exchanged at once
 
 
 class Workers:
@@ -36,7 +38,7 @@ class Workers:
         return self._state.is_main_process
 
     def own(self, count: int) -> slice:
-        """This process' part of `count` prompts, which all processes share evenly."""
+        """This process' part of `count` things, which all processes share evenly."""
         each = count // self.count
         return slice(self._state.process_index * each, (self._state.process_index + 1) * each)
 
@@ -45,11 +47,24 @@ class Workers:
         return reduce(torch.tensor(value, device=self.device), "mean").item()
 
     def average(self, tensors: Iterable[Tensor]) -> None:
-        """Replace each tensor by its mean over all processes, in place and in one exchange."""
+        """Replace each tensor by its mean over all processes, in place, many in one exchange."""
         if self.count == 1:
             return
-        tensors = list(tensors)
-        together = reduce(torch.cat([tensor.flatten() for tensor in tensors]), "mean")
-        sizes = [tensor.numel() for tensor in tensors]
-        for tensor, mean in zip(tensors, together.split(sizes), strict=True):
-            tensor.copy_(mean.view_as(tensor))
+        for bucket in _buckets(tensors):
+            together = reduce(torch.cat([tensor.flatten() for tensor in bucket]), "mean")
+            sizes = [tensor.numel() for tensor in bucket]
+            for tensor, mean in zip(bucket, together.split(sizes), strict=True):
+                tensor.copy_(mean.view_as(tensor))
+
+
+def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Neighbours of one dtype, together as large as is worth a copy."""
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        size = sum(one.numel() for one in bucket)
+        if bucket and (tensor.dtype != bucket[0].dtype or size + tensor.numel() > BUCKET):
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket

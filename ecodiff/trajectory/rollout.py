@@ -102,12 +102,22 @@ class DenseStep:
 
 @torch.no_grad()
 def dense_steps(
-    pipe: DiffusionPipeline, embeds: dict[str, Tensor], noise: Tensor, call: Call
+    pipe: DiffusionPipeline,
+    embeds: dict[str, Tensor],
+    noise: Tensor,
+    call: Call,
+    leader: nn.Module | None = None,
 ) -> list[DenseStep]:
     """Record all calls of the denoiser from noise to z0, in order, without gradients.
 
-    These are the inputs and targets of a per-step loss (EcoDiff, ablation "per-step loss") and of
-    compensation in groups.
+    These are the inputs and targets of a per-step loss (EcoDiff, ablation "per-step loss"), of
+    compensation in groups and of retraining.
+
+    Args:
+        pipe, embeds, noise, call: see `rollout`.
+        leader: a pruned denoiser whose predictions lead from one latent to the next: the inputs are
+            those that it meets, the predictions still those of the pipeline's denoiser. None: the
+            pipeline's denoiser leads.
     """
     forward = denoiser_of(pipe).forward
     steps: list[DenseStep] = []
@@ -115,7 +125,7 @@ def dense_steps(
     def record(*args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
         steps.append(DenseStep(args, kwargs, prediction_of(output)))
-        return output
+        return output if leader is None else leader(*args, **kwargs)
 
     with quiet(pipe), replaced_forward(denoiser_of(pipe), record):
         pipe(**call_arguments(pipe, embeds, noise, call))

@@ -25,11 +25,26 @@ rule trajectory:
         load=settings("models/{model}/load"),
         call=settings("models/{model}/call"),
         shard_size=settings("generate/shard_size"),
+        leader=each("--leader", "leader"),
         code=code_hash("retrain.trajectory"),
     shell:
         "ecodiff trajectory {params.source:q} {input.prompts:q} {output:q}"
         " --config {params.config:q} --model {wildcards.model} --batch-size {wildcards.batch}"
-        " --shard {wildcards.shard} --shard-size {params.shard_size} > {log:q} 2>&1"
+        " --shard {wildcards.shard} --shard-size {params.shard_size} {params.leader:q} > {log:q} 2>&1"
+
+
+# What it predicts where a pruned model gets to by itself.
+use rule trajectory as own_trajectory with:
+    input:
+        model=of(plan.dense_files),
+        prompts="<results>/prompts/{set}.parquet",
+        leader="<results>/{model}/{variant}/model",
+    output:
+        directory("<results>/{model}/{variant}/trajectories/{set}-{batch}/{shard}"),
+    log:
+        "<logs>/{model}/own_trajectory/{variant}-{set}-{batch}-{shard}.log",
+    benchmark:
+        "<benchmarks>/{model}/own_trajectory/{variant}-{set}-{batch}-{shard}.tsv"
 
 
 rule retrain:
@@ -55,10 +70,11 @@ rule retrain:
     params:
         config=CONFIG,
         load=settings("models/{model}/load"),
-        kind=lambda wildcards: plan.retraining(wildcards.model, wildcards.variant).kind,
+        aim=of(plan.retraining_aim),
+        launch=launch,
         settings=lambda wildcards: plan.retraining(wildcards.model, wildcards.variant).model_dump(),
         data=each("--data", "data"),
         code=code_hash("retrain"),
     shell:
-        "ecodiff retrain {input.pruned:q} {output:q} {params.data:q} --kind {params.kind}"
+        "{params.launch}ecodiff retrain {input.pruned:q} {output:q} {params.data:q} {params.aim:q}"
         " --config {params.config:q} --model {wildcards.model} > {log:q} 2>&1"
