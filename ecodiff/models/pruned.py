@@ -7,31 +7,49 @@ The entry `pruned` of its config holds their sizes:
     shapes     layer name -> shape of its weight
     scattered  names of modulation linears, whose removed output channels give only their bias
     heads      attention name -> number of heads left
+    kept       layer name -> which rows and columns of the dense layer these are, see `packed`;
+               those of scattered linears are saved with the weights
     dense      the fingerprint of the dense model, see `pipelines.fingerprint`
+
+So adapters of the dense model fit: their rows and columns of removed units are dropped.
 """
 
 from __future__ import annotations
 
+import base64
+import re
 import shutil
+import zlib
+from collections import defaultdict
 from collections.abc import Mapping
 from functools import cache, wraps
 from pathlib import Path
 from typing import Any, Self
 
 import diffusers
+import numpy as np
 import torch
 from diffusers import ModelMixin
+from diffusers.loaders.lora_base import _fetch_state_dict
+from diffusers.loaders.lora_pipeline import FluxLoraLoaderMixin
+from diffusers.utils import convert_unet_state_dict_to_peft
 from torch import Tensor, nn
 
 CLASS_FILE = "ecodiff.py"
+# How an adapter's tensors follow their layer: whether its rows or columns, and in which dimension.
+_CUTS = {"lora_A": ("columns", 1), "lora_B": ("rows", 0), "lora_magnitude_vector": ("rows", 0)}
+# Where diffusers' loaders may be told to find an adapter.
+_WHERE = ("weight_name", "subfolder", "revision", "token", "cache_dir", "local_files_only")
+_WHERE += ("force_download", "proxies", "metadata")
 
 
-class ScatterLinear(nn.Linear):
-    """A linear with fewer rows whose output keeps its width: removed channels give only their bias,
-    or 0 without one.
+class ScatterLinear(nn.Module):
+    """A linear without some rows whose output keeps its width: removed channels give only their
+    bias, or 0 without one.
 
-    The weight is (k, in) and the bias (out,). The buffer `index`, int64 (k,), holds the places of
-    the rows in the output and is saved with them.
+    `rows` is the linear of the channels that stay, weight (k, in), without a bias: an ordinary one,
+    which adapters and quantisers may change. `bias` is (out,) or None, and `index`, int64 (k,), the
+    places of the rows in the output.
 
     Args:
         linear: the dense linear, weight (out, in).
@@ -39,15 +57,16 @@ class ScatterLinear(nn.Linear):
     """
 
     def __init__(self, linear: nn.Linear, kept: Tensor) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = linear.in_features, len(kept)
+        super().__init__()
         self.channels = linear.out_features
-        self.weight, self.bias = _selected(linear.weight, 0, kept), linear.bias
-        self.register_buffer("index", kept.clone())
+        self.rows = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
+        self.rows.weight, self.bias = linear.weight, linear.bias
+        take(self.rows, 0, kept)
+        self.register_buffer("index", kept.to(linear.weight.device, copy=True))
 
     def forward(self, input: Tensor) -> Tensor:
         """Map (..., in) to (..., out), in the dtype that the matrix product has."""
-        narrow = nn.functional.linear(input, self.weight)
+        narrow = self.rows(input)
         full = narrow.new_zeros(*narrow.shape[:-1], self.channels)
         full = full.index_copy(-1, self.index, narrow)
         return full if self.bias is None else full + self.bias
@@ -122,6 +141,164 @@ class Pruned:
         shutil.copyfile(__file__, Path(save_directory, CLASS_FILE))
         super().save_pretrained(save_directory, *args, **kwargs)
 
+    def load_lora_adapter(
+        self,
+        pretrained_model_name_or_path_or_dict: str | Path | dict[str, Tensor],
+        prefix: str | None = "transformer",
+        **options: Any,
+    ) -> None:
+        """Load an adapter of this model or of the dense one; same contract as diffusers'.
+
+        Raises:
+            ValueError: the adapter doesn't fit; nothing is changed.
+        """
+        source, dot = pretrained_model_name_or_path_or_dict, f"{prefix}." if prefix else ""
+        where = {name: options.pop(name, None) for name in _WHERE}
+        where |= {"use_safetensors": options.pop("use_safetensors", None) is not False}
+        state, metadata = _fetch_state_dict(source, user_agent={}, allow_pickle=False, **where)
+        state = {key.removeprefix(dot): v for key, v in state.items() if key.startswith(dot)}
+        if not any("lora_A" in key or "lokr_" in key for key in state):
+            state = convert_unet_state_dict_to_peft(state)
+        state = self.fit_lora(state)
+        # Targets, ranks and scales go by name; scattered layers are now called after their rows.
+        alphas, metadata = dict(options.pop("network_alphas", None) or {}), dict(metadata or {})
+        patterns = metadata.keys() & {f"{dot}rank_pattern", f"{dot}alpha_pattern"}
+        for name, part in self.named_modules():
+            if not isinstance(part, ScatterLinear):
+                continue
+            if f"{dot}{name}.alpha" in alphas:
+                alphas[f"{dot}{name}.rows.alpha"] = alphas.pop(f"{dot}{name}.alpha")
+            for key in patterns:
+                old = metadata[key] or {}
+                found = [value for k, value in old.items() if re.match(rf"(.*\.)?({k})$", name)]
+                metadata[key] = old | {f"{name}.rows": value for value in found[:1]}
+        if metadata:
+            metadata[f"{dot}target_modules"] = sorted({_layer_and_part(key)[0] for key in state})
+        options |= {"network_alphas": alphas or None, "metadata": metadata or None}
+        state = {f"{dot}{key}": value for key, value in state.items()}
+        super().load_lora_adapter(state, prefix, **options)
+
+    def fit_lora(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """An adapter of the dense model without the rows and columns of removed units: with it this
+        model draws what the dense one draws with the adapter and the mask.
+
+        Args:
+            state: as peft has it: `<layer>.lora_A.weight` (rank, in), `<layer>.lora_B.weight` (out,
+                rank) and their like. An adapter of this model is returned as it is.
+
+        Raises:
+            ValueError: it is an adapter of another model, or of a kind that can't be cut.
+        """
+        layers: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        for key, value in state.items():
+            layer, part = _layer_and_part(key)
+            layers[layer][part] = value
+        present, fitted, made_for = dict(self.named_modules()), {}, set()
+        gone = tuple(f"{name}." for name, part in present.items() if isinstance(part, NoHeads))
+        absent = [name for name in layers if name not in present and not name.startswith(gone)]
+        if layers and len(absent) == len(layers):
+            raise ValueError(f"adapter: {type(self).__name__} has no layer {absent[0]}, nor others")
+        for name, tensors in layers.items():
+            layer = present.get(name)
+            if layer is None and name.startswith(gone):
+                continue
+            cut, model = self._cut(name, layer, tensors)
+            made_for |= model
+            place = f"{name}.rows" if isinstance(layer, ScatterLinear) else name
+            fitted |= {f"{place}.{part}": value for part, value in cut.items()}
+        if len(made_for) > 1:
+            raise ValueError(
+                "adapter: some layers are of the dense model's sizes, others of this one's"
+            )
+        return fitted
+
+    def _cut(
+        self, name: str, layer: nn.Module | None, tensors: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], set[str]]:
+        """The tensors of one layer's adapter, cut; and for which model they were made, if that can
+        be told."""
+        kept = self._kept(name, layer)
+        layer = layer.rows if isinstance(layer, ScatterLinear) else layer
+        sizes = {"rows": _size(layer, "out"), "columns": _size(layer, "in")}
+        cut, made_for = {}, set()
+        for part, value in tensors.items():
+            side, dim = _CUTS.get(part.partition(".")[0], ("", 0))
+            if kept and (not side or ("magnitude" in part and "columns" in kept)):
+                raise ValueError(f"adapter: {name}.{part} can't be cut, only plain LoRA can")
+            stays, size = kept.get(side), value.shape[dim] if value.ndim else 0
+            if stays is not None:
+                made_for.add("dense" if size == len(stays) else "pruned")
+            if stays is not None and size == len(stays):
+                value = value.index_select(dim, stays.nonzero().flatten().to(value.device))
+            if sizes.get(side) not in (None, value.shape[dim] if value.ndim else 0):
+                dense = f" (of the dense model {len(stays)})" if stays is not None else ""
+                raise ValueError(
+                    f"adapter: {name}.{part} is for {size} {side}; the layer has"
+                    f" {sizes[side]}{dense}: it is of another model"
+                )
+            cut[part] = value
+        is_nothing = 0 in sizes.values() and "lora_B.bias" not in tensors
+        return {} if is_nothing else cut, made_for
+
+    def _kept(self, name: str, layer: nn.Module | None) -> dict[str, Tensor]:
+        """Which "rows" and "columns" of a dense layer are left: bool (out,) and bool (in,); only of
+        what lost some."""
+        record = self.config["pruned"]
+        kept = {side: unpacked(text) for side, text in record.get("kept", {}).get(name, {}).items()}
+        if isinstance(layer, ScatterLinear):
+            stays = torch.zeros(layer.channels, dtype=torch.bool)
+            return kept | {"rows": stays.index_fill(0, layer.index.cpu(), True)}
+        if name in record["shapes"] and not kept:
+            raise ValueError("adapter: config.json doesn't tell which units stayed; prune again")
+        return kept
+
+
+def packed(stays: Tensor) -> str:
+    """A bool tensor (n,) as short text: n, and its bits."""
+    bits = zlib.compress(np.packbits(stays.numpy()).tobytes(), 9)
+    return f"{len(stays)}:{base64.b64encode(bits).decode()}"
+
+
+def unpacked(text: str) -> Tensor:
+    """What `packed` made text of."""
+    size, _, bits = text.partition(":")
+    found = np.frombuffer(zlib.decompress(base64.b64decode(bits)), np.uint8)
+    return torch.from_numpy(np.unpackbits(found, count=int(size)).astype(bool))
+
+
+def _layer_and_part(key: str) -> tuple[str, str]:
+    """`a.to_q` and `lora_A.weight` of `a.to_q.lora_A.weight`."""
+    match = re.fullmatch(r"(.+)\.(\w+\.(?:weight|bias))", key) or re.fullmatch(r"(.+)\.(\w+)", key)
+    return match.groups() if match else (key, "")
+
+
+def _size(layer: nn.Module | None, side: str) -> int | None:
+    """Input or output features or channels of a layer; None where an adapter's can't be told."""
+    if getattr(layer, "groups", 1) > 1:
+        return None
+    return getattr(layer, f"{side}_features", getattr(layer, f"{side}_channels", None))
+
+
+def _left_alone(name: str, unchanged: Any) -> None:
+    """Let diffusers' loader not widen a pruned FLUX or its adapters with zeros; `Pruned` fits them.
+
+    Args:
+        name: the loader's method, of a transformer and an adapter.
+        unchanged: what it returns where nothing needs it, from the adapter.
+    """
+    widen = getattr(FluxLoraLoaderMixin, name).__func__
+
+    def unless_pruned(cls: type, transformer: Any, lora_state_dict: Any = None, *rest: Any) -> Any:
+        if isinstance(getattr(transformer, "_orig_mod", transformer), Pruned):
+            return unchanged(lora_state_dict)
+        return widen(cls, transformer, lora_state_dict, *rest)
+
+    setattr(FluxLoraLoaderMixin, name, classmethod(unless_pruned))
+
+
+_left_alone("_maybe_expand_transformer_param_shape_or_error_", lambda _: False)
+_left_alone("_maybe_expand_lora_state_dict", lambda adapter: adapter)
+
 
 @cache
 def pruned_class(dense: type[ModelMixin]) -> type[ModelMixin]:
@@ -129,6 +306,7 @@ def pruned_class(dense: type[ModelMixin]) -> type[ModelMixin]:
     # diffusers writes this module name into model_index.json. `ecodiff` is both the package, where
     # it is installed, and the name of the file in the folder.
     members = {"__module__": "ecodiff", "__doc__": f"A pruned `diffusers.{dense.__name__}`."}
+    members["_auto_class"] = "AutoModel"  # config.json then names class and file for it
     return type(f"Pruned{dense.__name__}", (Pruned, dense), members)
 
 

@@ -7,13 +7,14 @@ loses all its heads is replaced by `NoHeads`.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ecodiff.models.pruned import ScatterLinear, set_heads, take
+from ecodiff.models.pruned import ScatterLinear, packed, set_heads, take
 from ecodiff.models.structures import Structure
 
 
@@ -33,8 +34,11 @@ def narrow(
     """
     structures = [s for s in structures if s.name in kept]
     scattered, heads = [], {}
+    stays: dict[str, dict[str, str]] = defaultdict(dict)
     for module, columns in consumer_columns(denoiser, structures, kept).items():
-        take(denoiser.get_submodule(module), 1, columns)
+        linear = denoiser.get_submodule(module)
+        stays[module]["columns"] = packed(_among(linear.weight.shape[1], columns))
+        take(linear, 1, columns)
     for structure in structures:
         units = kept[structure.name]
         for port in structure.producers:
@@ -43,6 +47,7 @@ def narrow(
                 denoiser.set_submodule(port.module, ScatterLinear(linear, rows))
                 scattered.append(port.module)
             else:
+                stays[port.module]["rows"] = packed(_among(linear.weight.shape[0], rows))
                 take(linear, 0, rows)
         if structure.kind == "heads":
             owner = structure.name.removesuffix(".heads")
@@ -51,8 +56,14 @@ def narrow(
     layers = dict(denoiser.named_modules())
     ports = {port.module for s in structures for port in (*s.producers, *s.consumers)}
     # The q, k and v projections of an attention without heads no longer exist.
-    shapes = {name: list(layers[name].weight.shape) for name in sorted(ports & layers.keys())}
-    return {"shapes": shapes, "scattered": scattered, "heads": heads}
+    parts = {name: layers[name] for name in sorted(ports & layers.keys())}
+    shapes = {n: list(getattr(part, "rows", part).weight.shape) for n, part in parts.items()}
+    return {"shapes": shapes, "scattered": scattered, "heads": heads, "kept": dict(stays)}
+
+
+def _among(size: int, places: Tensor) -> Tensor:
+    """Bool (size,), true at the given places."""
+    return torch.zeros(size, dtype=torch.bool).index_fill(0, places.cpu(), True)
 
 
 def consumer_columns(
