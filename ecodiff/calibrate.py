@@ -33,6 +33,7 @@ from ecodiff.models.pipelines import (
 from ecodiff.models.structures import Structure, denoiser_of, discover, modulation_linears
 from ecodiff.runtime.artifacts import atomic
 from ecodiff.runtime.errors import UserError
+from ecodiff.trajectory.directions import conditioned, tied, untied
 
 
 @dataclass
@@ -50,6 +51,8 @@ class Calibration:
         means: what units give on average over prompts, steps, guidance branches and tokens, where
             a bias can give it in their place: a consumer -> the mean of its input, (in,); a
             modulation linear -> the mean of its output, (out,). float32.
+        moments: linear that reads the conditioning alone -> second moments of its input, see
+            `directions.conditioned`.
         file: what errors call it.
     """
 
@@ -61,6 +64,7 @@ class Calibration:
     call: Call
     fingerprint: str
     means: dict[str, Tensor] = field(default_factory=dict)
+    moments: dict[str, Tensor] = field(default_factory=dict)
     file: str = "calibration"
 
     def batch(
@@ -114,7 +118,10 @@ class Calibration:
         """Write one safetensors file, whole or not at all."""
         tensors = {f"embeds.{key}": value for key, value in self.embeds.items()}
         tensors |= {f"means.{key}": value for key, value in self.means.items()}
+        moments, names = untied(self.moments)
+        tensors |= {f"moments.{key}": value for key, value in moments.items()}
         info = {key: getattr(self, key) for key in ("prompts", "seeds", "call", "fingerprint")}
+        info["moments"] = names
         _write(path, {**tensors, "noise": self.noise, "z0": self.z0}, info)
 
     @classmethod
@@ -122,7 +129,8 @@ class Calibration:
         """Read what `save` wrote. Raises `UserError` when the file is missing or not one, or a
         latent is not finite."""
         tensors, info = _read(path)
-        parts = {part: _popped(tensors, f"{part}.") for part in ("embeds", "means")}
+        parts = {part: _popped(tensors, f"{part}.") for part in ("embeds", "means", "moments")}
+        parts["moments"] = tied(parts["moments"], info.pop("moments", {}))
         found = _built(cls, path, {**tensors, **info, **parts, "file": str(path)})
         _refuse_not_finite(found.file, found.z0, found.seeds)
         return found
@@ -140,7 +148,9 @@ def calibrate(
     check_call(pipe, call)
     log_cut_prompts(pipe, prompts, call)
     parts = []
-    with averaged(denoiser_of(pipe)) as means:
+    denoiser = denoiser_of(pipe)
+    linears = [s.directions_of for s in discover(denoiser, "rank") if s.directions_of]
+    with averaged(denoiser) as means, conditioned(denoiser, linears) as moments:
         for chunk in _chunks(len(prompts), batch_size):
             embeds = encode(pipe, [prompts[i] for i in chunk], call)
             noise = starting_noise(pipe, [seeds[i] for i in chunk], call)
@@ -157,6 +167,7 @@ def calibrate(
         call=dict(call),
         fingerprint=fingerprint(pipe),
         means=means,
+        moments=moments,
     )
 
 

@@ -13,7 +13,7 @@ from ecodiff.config.methods import METHODS, Method
 from ecodiff.config.sections import MaskSettings
 from ecodiff.mask import Mask, learn_mask, make_mask, methods, score
 from ecodiff.models.pruned import Pruned
-from ecodiff.models.structures import count_parameters, denoiser_of, discover
+from ecodiff.models.structures import count_parameters, denoiser_of, discover, modulation_of
 from ecodiff.prune.cut import prune
 from ecodiff.runtime.errors import UserError
 
@@ -27,7 +27,8 @@ def pipe():
 
 def removed(pipe, mask):
     """Sparsity counted from the kept units alone."""
-    gone = sum(int((~mask.kept[s.name]).sum()) * s.unit_parameters for s in discover(pipe))
+    structures = discover(pipe, modulation_of(mask.kept))
+    gone = sum(s.removed(int((~mask.kept[s.name]).sum())) for s in structures)
     return gone / count_parameters(pipe.transformer)
 
 

@@ -24,6 +24,7 @@ from ecodiff.mask.learn import COLUMNS, learn_mask
 from ecodiff.mask.objective import expected_sparsity
 from ecodiff.models.structures import denoiser_of, discover
 from ecodiff.runtime.errors import UserError
+from ecodiff.trajectory.directions import bases_of
 from ecodiff.trajectory.rollout import dense_steps
 
 PROMPTS = [f"a {c} {s}" for c in ("red", "blue") for s in ("circle", "square")]
@@ -66,7 +67,7 @@ def test_every_logit_of_every_kind_gets_a_score_and_a_history(family, request):
     pipe, calibration = request.getfixturevalue(family)
     scores, history = learn_mask(pipe, calibration, MaskSettings(**QUICK), 0.1)
     assert {n: tuple(v.shape) for n, v in scores.items()} == {
-        s.name: (s.units,) for s in discover(pipe)
+        s.name: (s.units,) for s in discover(pipe, "rank")
     }
     assert all(v.dtype == torch.float32 and v.isfinite().all() for v in scores.values())
     assert any((v != 3.0).any() for v in scores.values())
@@ -137,7 +138,7 @@ def test_each_kind_learns_at_its_own_rate(flux):
     rates = LearningRates(heads=0.5, neurons=0.1, modulation=0.02)
     made = learner(flux, lr=rates, objective="penalty", beta=100.0)
     update(made)
-    kinds = {s.name: s.kind for s in discover(flux[0])}
+    kinds = {s.name: s.kind for s in discover(flux[0], "rank")}
     for name, logits in made.gates.logits.items():  # Adam's first step is its learning rate
         moved = (logits.detach() - 3.0).abs()
         torch.testing.assert_close(
@@ -298,7 +299,9 @@ def test_the_per_step_loss_compares_predictions_on_the_dense_models_own_latents(
     row = made.differentiate(0)
     embeds, noise, _ = calibration.batch(made._rows(0)[0])
     steps = dense_steps(pipe, embeds, noise, calibration.call)
-    gates = learner_module.Gates(discover(pipe), 3.0, 0.0, calibration.means)
+    structures = discover(pipe, "rank")
+    bases = bases_of(pipe.transformer, structures, calibration.moments)
+    gates = learner_module.Gates(structures, 3.0, 0.0, calibration.means, bases)
     gates.draw(4, torch.Generator().manual_seed(learner_module._mix(0, 1, 0)))
     with torch.no_grad(), gates.attached(denoiser_of(pipe)):
         errors = [

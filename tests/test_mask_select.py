@@ -159,3 +159,26 @@ def test_scores_of_another_model_are_refused(change, message):
 def test_a_structure_without_scores_is_named():
     with pytest.raises(UserError, match=r"b\.neurons has no scores"):
         kept(0.1, {"a.heads": SCORES["a.heads"]})
+
+
+DIRECTIONS = Structure("d", "modulation", 4, 1, (), (), 12, "d", overhead=16)  # 4 in, 8 out
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "gone"),
+    [(0.01, [0, 2]), (0.08, [0, 2]), (0.09, [0, 2, 3]), (0.20, [0, 2, 3]), (0.32, [0, 1, 2, 3])],
+)
+def test_directions_go_from_as_many_on_as_pay(sparsity, gone):
+    """Two of four leave 2 * 12 weights of 32, a third 12 fewer, the fourth none."""
+    scores = {"d": torch.tensor([0.1, 0.7, 0.1, 0.4])}
+    found = select([DIRECTIONS], scores, sparsity, 100)
+    assert (~found["d"]).nonzero().flatten().tolist() == gone
+    assert removed_share([DIRECTIONS], found, 100) == [0, 0, 0.08, 0.2, 0.32][len(gone)]
+
+
+def test_directions_of_one_score_go_together_before_any_alone():
+    """The float32 mean of equal scores can be above them."""
+    many = Structure("d", "modulation", 96, 1, (), (), 384, "d", overhead=9216)
+    scores = {"d": torch.full((96,), 2.8447746444726363e-05)}
+    kept = select([many], scores, 1e-5, 30_000)["d"]
+    assert (~kept).sum() == 25

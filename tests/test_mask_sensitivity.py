@@ -10,10 +10,17 @@ from ecodiff.config.sections import MaskSettings
 from ecodiff.mask import make_mask
 from ecodiff.mask.learn import learn_mask
 from ecodiff.mask.objective import Budget, Penalty
-from ecodiff.mask.sensitivity import costs_of_share, first_logits, sensitivity
+from ecodiff.mask.sensitivity import (
+    costs_of_share,
+    first_logits,
+    robust_weights,
+    sensitivity,
+    squared_gradients,
+)
 from ecodiff.models.structures import Structure, count_parameters, denoiser_of, discover
 from ecodiff.runtime.errors import UserError
 from ecodiff.runtime.state import State
+from ecodiff.trajectory.directions import bases_of
 from ecodiff.trajectory.gates import Gates
 
 
@@ -30,7 +37,9 @@ def closed_a_little(pipe, calibration, structure, unit, by):
     """The relative error of each prompt's z0 when one gate is not 1 but 1 - by, over by squared."""
     gate = torch.ones(structure.units)
     gate[unit] -= by
-    gates = Gates(discover(pipe))
+    structures = discover(pipe, "rank")
+    bases = bases_of(denoiser_of(pipe), structures, calibration.moments)
+    gates = Gates(structures, bases=bases)
     gates.set({structure.name: gate})
     with gates.attached(denoiser_of(pipe)):
         z0 = calibration.drawn_by(pipe, batch_size=4)
@@ -42,13 +51,12 @@ def test_it_is_what_closing_a_gate_costs_to_second_order():
     """One vector of signs is an unbiased estimate, so that many seeds' mean is the curvature."""
     pipe = tiny("flux").to(torch.float64)  # some units hardly matter
     calibration = calibrate(pipe, PROMPTS, [0, 1, 2, 3], CALL["flux"], batch_size=4)
-    seeds = 60
-    found = [
-        sensitivity(pipe, calibration, batch=4, checkpoint=False, seed=i) for i in range(seeds)
-    ]
+    seeds, how = 60, {"batch": 4, "checkpoint": False, "modulation": "rank"}
+    found = [next(squared_gradients(pipe, calibration, seed=i, **how)) for i in range(seeds)]
     variance = calibration.z0.var().item()
-    for structure in discover(pipe):
-        drawn = torch.stack([one[structure.name][0] for one in found])
+    for structure in discover(pipe, "rank"):
+        drawn = torch.stack([one[structure.name][:, 0].mean() for one in found])
+        drawn /= calibration.z0[0].numel() * variance
         exact = closed_a_little(pipe, calibration, structure, 0, by=0.5) / variance
         error = drawn.std().item() / seeds**0.5
         assert drawn.mean().item() == pytest.approx(exact, abs=4 * error, rel=0.05), structure.name
@@ -85,6 +93,38 @@ def test_a_cost_is_the_sensitivity_over_the_share_of_the_parameters():
     assert costs["b"].tolist() == pytest.approx([1.2])
 
 
+def directions(inputs, outputs):
+    """Units of a linear's input; two linears of full rank have inputs^2 more weights than it."""
+    size, overhead = inputs + outputs, inputs**2
+    return Structure("d", "modulation", inputs, 1, (), (), size, "d", overhead)
+
+
+def test_directions_that_go_together_share_a_cost_and_as_many_as_make_it_lowest():
+    """By hand: 4 inputs, 8 outputs; the first to pay is the second, 2 * 12 - 16 = 8 weights gone
+    for .2, a third makes 20 for .3, a fourth 32 for 1."""
+    found = {"d": torch.tensor([0.1, 0.7, 0.1, 0.1])}
+    costs = costs_of_share([directions(4, 8)], found, total=100)["d"]
+    assert costs.tolist() == pytest.approx([1.5, 100 * 0.7 / 12, 1.5, 1.5])
+
+
+def test_a_prompt_weighs_the_inverse_root_of_its_sum():
+    squares = {"a": torch.tensor([[3.0, 1.0], [0.0, 0.0]]), "b": torch.tensor([[12.0], [0.0]])}
+    assert robust_weights(squares).tolist() == [0.25, 0.0]
+
+
+def test_the_estimate_is_the_mean_of_the_prompts_by_their_weights(flux):
+    pipe, calibration = flux
+    z0 = calibration.z0
+    plain = sensitivity(pipe, calibration, batch=4, checkpoint=False)
+    each = next(squared_gradients(pipe, calibration, batch=4, checkpoint=False))
+    weights = robust_weights(each).double()
+    for name, values in each.items():
+        mean = (weights[:, None] * values).sum(0) / weights.sum()
+        torch.testing.assert_close(
+            plain[name].double() * z0[0].numel() * z0.var().item(), mean, rtol=1e-3, atol=1e-9
+        )
+
+
 def test_a_budgets_price_parts_what_goes_from_what_stays():
     structures = [units("a", 3, 10), units("b", 2, 20, kind="heads")]
     costs = {"a": torch.tensor([1.0, 5.0, 9.0]), "b": torch.tensor([3.0, 7.0])}
@@ -107,13 +147,10 @@ def test_logits_are_the_log_of_cost_over_price_within_limits():
 def test_learning_starts_where_the_share_below_zero_is_the_sparsity(flux, tmp_path):
     made = learner(flux, first_logit="sensitivity")
     made.begin(State(None, {}, made.gates.logits, made.optimiser))
-    gone = sum(
-        (made.gates.logits[s.name] < 0).sum().item() * s.unit_parameters
-        for s in made.gates.structures
-    )
-    largest = max(s.unit_parameters for s in made.gates.structures)
-    wanted = 0.1 * count_parameters(made.denoiser)
-    assert wanted - largest <= gone <= wanted
+    logits, structures = made.gates.logits, made.gates.structures
+    below = sum(s.removed((logits[s.name] < 0).sum().item()) for s in structures)
+    at_most_zero = sum(s.removed((logits[s.name] <= 0).sum().item()) for s in structures)
+    assert below <= 0.1 * count_parameters(made.denoiser) < at_most_zero
     assert made.objective.target(0.0) == 0.1
 
 
@@ -140,8 +177,9 @@ def test_the_method_ranks_by_cost_and_learns_nothing(flux):
     settings = MaskSettings(batch=4, seed=3)
     mask, history = make_mask(pipe, "sensitivity", 0.1, calibration=calibration, settings=settings)
     assert history.empty
-    structures, total = discover(pipe), count_parameters(denoiser_of(pipe))
-    found = sensitivity(pipe, calibration, batch=4, seed=3, means=calibration.means)
+    structures, total = discover(pipe, "rank"), count_parameters(denoiser_of(pipe))
+    how = {"means": calibration.means, "modulation": "rank"}
+    found = sensitivity(pipe, calibration, batch=4, seed=3, **how)
     expected = costs_of_share(structures, found, total)
     assert all(torch.equal(mask.scores[name], values) for name, values in expected.items())
 
@@ -152,6 +190,6 @@ def test_flat_start_is_the_papers_way_whatever_the_settings_say(flux):
     found, _ = make_mask(
         pipe, "flat-start", 0.1, calibration=calibration, settings=MaskSettings(**quick)
     )
-    published = MaskSettings(**quick, first_logit=3.0, closed="zero")
+    published = MaskSettings(**quick, first_logit=3.0, closed="zero", modulation="channels")
     learned, _ = learn_mask(pipe, calibration, published, 0.1)
     assert all(torch.equal(found.scores[name], values) for name, values in learned.items())

@@ -26,6 +26,8 @@ class Method:
         ranks: among which units its scores compare: those of the whole `model`, or those of each
             `structure`, so that every structure loses the same share.
         closes_on_means: whether it scores what closing a gate does, so that `mask.closed` counts.
+        by_rank: whether it can score directions of what modulation linears read, so that
+            `mask.modulation` counts; others remove modulation by channels.
         colours: in figures, without and with compensation.
     """
 
@@ -39,6 +41,7 @@ class Method:
     learns: bool = False
     ranks: Literal["model", "structure"] = "model"
     closes_on_means: bool = False
+    by_rank: bool = False
 
 
 # Okabe and Ito's palette first, which people with any kind of colour vision can tell apart.
@@ -54,6 +57,7 @@ _ALL = (
         colours=("#0072B2", "#56B4E9"),
         learns=True,
         closes_on_means=True,
+        by_rank=True,
     ),
     Method(
         name="sensitivity",
@@ -65,6 +69,7 @@ _ALL = (
         looks_at="calibration",
         colours=("#117733", "#44AA77"),
         closes_on_means=True,
+        by_rank=True,
     ),
     Method(
         name="flat-start",

@@ -235,6 +235,10 @@ class MaskSettings(Settings):
     """What a closed gate replaces its unit's activation by. `mean`: its mean over the calibration
     set, where there is a bias to hold it after pruning. `zero`: 0, as in the paper; on the toys,
     errors were up to three quarters higher."""
+    modulation: Literal["rank", "channels"] = "rank"
+    """Units of linears that read the conditioning alone (AdaLN). `rank`: directions of their input,
+    which leaves two linears of a low rank; a third to all of modulation's parameters for next to no
+    error. `channels`: output channels, as in the paper."""
     lr: LearningRates = LearningRates()
     """Learning rates of the logits."""
     lr_warmup: NonNegativeInt = 0

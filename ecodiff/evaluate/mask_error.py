@@ -10,9 +10,8 @@ from diffusers import DiffusionPipeline
 from ecodiff.calibrate import Calibration
 from ecodiff.mask import Mask
 from ecodiff.models.calls import why_not_finite
-from ecodiff.models.structures import denoiser_of, discover
+from ecodiff.models.structures import denoiser_of
 from ecodiff.runtime.errors import UserError
-from ecodiff.trajectory.gates import Gates
 
 COLUMNS = ("mask", "sparsity", "latent_error", "median_error")
 
@@ -46,12 +45,11 @@ def mask_error(
     for mask in masks.values():  # before the first is measured
         mask.check(pipe)
     denoiser = denoiser_of(pipe)
-    structures = discover(denoiser)
     dense = record.z0.double()
     variance = dense.var(correction=0)
     rows = []
     for name, mask in masks.items():
-        gates = Gates(structures, means=mask.means).to(denoiser.device)
+        gates = mask.gates(pipe)
         for sparsity in sparsities:
             gates.set(mask.at(pipe, sparsity).kept)
             with gates.attached(denoiser):

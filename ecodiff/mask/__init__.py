@@ -26,9 +26,17 @@ from ecodiff.mask.sensitivity import closed_means
 from ecodiff.models.identity import OLD, same_denoiser
 from ecodiff.models.pipelines import check_fingerprint, fingerprint, name_of
 from ecodiff.models.pruned import Pruned
-from ecodiff.models.structures import count_parameters, denoiser_of, discover
+from ecodiff.models.structures import (
+    Modulation,
+    count_parameters,
+    denoiser_of,
+    discover,
+    modulation_of,
+)
 from ecodiff.runtime.artifacts import atomic
 from ecodiff.runtime.errors import UserError
+from ecodiff.trajectory.directions import bases_of, tied, untied
+from ecodiff.trajectory.gates import Gates
 
 __all__ = ["Mask", "learn_mask", "make_mask", "score", "select"]
 
@@ -45,6 +53,8 @@ class Mask:
             calibration its call, prompts and seeds; values must be JSON.
         means: module name -> mean activation that a bias supplies once units are removed, see
             `Calibration.means`. Empty: removed units contribute 0.
+        moments: linear name -> second moments of its input, whose directions are the units of
+            modulation by rank, see `Calibration.moments`. Empty: modulation goes by channels.
         file: what errors call it.
     """
 
@@ -53,15 +63,23 @@ class Mask:
     fingerprint: str
     info: dict[str, Any] = field(default_factory=dict)
     means: dict[str, Tensor] = field(default_factory=dict)
+    moments: dict[str, Tensor] = field(default_factory=dict)
     file: str = "mask"
 
     def check(self, pipe: DiffusionPipeline) -> None:
         """Raise `UserError` unless this is of the dense model `pipe`, with all its structures."""
         # Whatever the scheduler: it may be swapped between learning and pruning.
         check_fingerprint(self.file, self.fingerprint, fingerprint(pipe), pipe, same_denoiser)
-        structures = discover(pipe)
+        structures = discover(pipe, modulation_of(self.scores))
         check_scores(structures, self.scores)
         check_scores(structures, {name: value.float() for name, value in self.kept.items()})
+
+    def gates(self, pipe: DiffusionPipeline) -> Gates:
+        """Gates on the dense model `pipe` that close as this mask's units go."""
+        denoiser = denoiser_of(pipe)
+        structures = discover(denoiser, modulation_of(self.scores))
+        bases = bases_of(denoiser, structures, self.moments)
+        return Gates(structures, means=self.means, bases=bases).to(denoiser.device)
 
     def at(self, pipe: DiffusionPipeline, sparsity: float) -> Mask:
         """The mask for another sparsity: the same scores ranked again, with the same settings.
@@ -79,15 +97,19 @@ class Mask:
         tensors = {f"scores/{name}": v.float().contiguous() for name, v in self.scores.items()}
         tensors |= {f"kept/{name}": value.contiguous() for name, value in self.kept.items()}
         tensors |= {f"means/{name}": value.contiguous() for name, value in self.means.items()}
+        moments, names = untied(self.moments)
+        tensors |= {f"moments/{name}": value.contiguous() for name, value in moments.items()}
         with atomic(path) as scratch:
             info = json.dumps(self.info, default=str)
             metadata = {"ecodiff": info, "fingerprint": self.fingerprint}
+            metadata["moments"] = json.dumps(names)
             save_file(tensors, scratch, metadata=metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Read what `save` wrote. Raises `UserError` when the file is missing, old or not one."""
-        parts: dict[str, dict[str, Tensor]] = {"scores": {}, "kept": {}, "means": {}}
+        kinds = ("scores", "kept", "means", "moments")
+        parts: dict[str, dict[str, Tensor]] = {kind: {} for kind in kinds}
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata()
@@ -95,6 +117,8 @@ class Mask:
                 for key in file.keys():  # noqa: SIM118
                     part, _, name = key.partition("/")
                     parts[part][name] = file.get_tensor(key)
+            names = json.loads(metadata.get("moments", "{}"))
+            parts["moments"] = tied(parts["moments"], names)
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: missing, truncated or not a mask of ecodiff") from error
         if "fingerprint" not in metadata:
@@ -162,7 +186,9 @@ def make_mask(
     """
     settings = read_settings(MaskSettings, settings)
     denoiser = denoiser_of(pipe)
-    _check_target(pipe, sparsity, settings)
+    if method in METHODS:  # `scored` says what there is
+        by_rank = METHODS[method].by_rank and settings.modulation == "rank"
+        _check_target(pipe, sparsity, settings, "rank" if by_rank else "channels")
     if calibration is not None:
         calibration.check(pipe)
     request = Request(settings.seed, settings, calibration, sparsity, scratch)
@@ -178,6 +204,8 @@ def make_mask(
     mask = _selected(pipe, found, sparsity, settings, info)
     if METHODS[method].closes_on_means and calibration is not None:
         mask.means = dict(closed_means(settings, calibration))
+        if modulation_of(found) == "rank":
+            mask.moments = dict(calibration.moments)
     return mask, history
 
 
@@ -210,7 +238,7 @@ def learn_mask(
         settings = {"batch": max(1, min(MaskSettings().batch, len(prompts))), **(settings or {})}
     settings = read_settings(MaskSettings, settings)
     seeds = list(range(len(prompts))) if seeds is None else list(seeds)
-    _check_target(pipe, sparsity, settings)
+    _check_target(pipe, sparsity, settings, settings.modulation)
     calibration = calibrate(pipe, prompts, seeds, dict(call or {}), settings.batch)
     return make_mask(pipe, "ecodiff", sparsity, calibration=calibration, settings=settings)[0]
 
@@ -220,11 +248,13 @@ def _refuse_pruned(pipe: DiffusionPipeline) -> None:
         raise UserError("mask: the denoiser is pruned already; masks are those of the dense model")
 
 
-def _check_target(pipe: DiffusionPipeline, sparsity: float, settings: MaskSettings) -> None:
+def _check_target(
+    pipe: DiffusionPipeline, sparsity: float, settings: MaskSettings, modulation: Modulation
+) -> None:
     """Fails before hours of learning, not after, when the sparsity cannot be reached."""
     _refuse_pruned(pipe)
-    nothing = {s.name: torch.zeros(s.units) for s in discover(denoiser_of(pipe))}
-    _selected(pipe, nothing, sparsity, settings)
+    structures = discover(pipe, modulation)
+    _selected(pipe, {s.name: torch.zeros(s.units) for s in structures}, sparsity, settings)
 
 
 def _selected(
@@ -236,7 +266,7 @@ def _selected(
 ) -> Mask:
     """The mask that scores give at a sparsity; adds target, sparsity and parameters to `info`."""
     denoiser = denoiser_of(pipe)
-    structures, total = discover(denoiser), count_parameters(denoiser)
+    structures, total = discover(denoiser, modulation_of(found)), count_parameters(denoiser)
     kept = select(structures, found, sparsity, total, **limits_of(settings))
     exact = removed_share(structures, kept, total)
     info = {**info, "target": sparsity, "sparsity": exact, "parameters": total}

@@ -27,6 +27,7 @@ from ecodiff.runtime.errors import UserError
 from ecodiff.runtime.state import State
 from ecodiff.runtime.workers import Workers
 from ecodiff.trajectory.activations import affordable_steps
+from ecodiff.trajectory.directions import bases_of
 from ecodiff.trajectory.gates import Gates
 from ecodiff.trajectory.rollout import DenseStep, dense_steps, frozen, rollout
 
@@ -70,11 +71,12 @@ class Learner:
                 f"mask.batch: {together} prompts pass together, but there are {count}, which would"
                 f" repeat; at most {count // self.workers.count} a process"
             )
-        structures = discover(self.denoiser)
+        structures = discover(self.denoiser, settings.modulation)
         self.total = count_parameters(self.denoiser)
         first = 0.0 if settings.first_logit == "sensitivity" else settings.first_logit
         means = closed_means(settings, self.calibration)
-        self.gates = Gates(structures, first, settings.noise_floor, means)
+        bases = bases_of(self.denoiser, structures, self.calibration.moments)
+        self.gates = Gates(structures, first, settings.noise_floor, means, bases)
         self.gates.to(self.denoiser.device)
         kinds = {s.name: s.kind for s in structures}
         self.lr = settings.lr.model_dump()
@@ -121,6 +123,7 @@ class Learner:
             seed=settings.seed,
             keep_steps=self.keep_steps,
             means=self.gates.means,
+            modulation=settings.modulation,
         )
         costs = costs_of_share(self.gates.structures, found, self.total)
         prices = self.objective.prices(self.gates.structures, costs, self.total)

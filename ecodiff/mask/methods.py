@@ -24,7 +24,7 @@ from ecodiff.runtime.errors import UserError
 
 Scores = dict[str, Tensor]
 # As in the paper: all logits start at one value, and a closed gate gives 0.
-PUBLISHED = {"first_logit": 3.0, "closed": "zero"}
+PUBLISHED = {"first_logit": 3.0, "closed": "zero", "modulation": "channels"}
 
 
 @dataclass(frozen=True)
@@ -116,9 +116,10 @@ def sensitivities(pipe: DiffusionPipeline, request: Request) -> Scores:
         checkpoint=settings.checkpoint,
         seed=settings.seed,
         means=closed_means(settings, calibration),
+        modulation=settings.modulation,
     )
-    denoiser = denoiser_of(pipe)
-    return costs_of_share(discover(denoiser), found, count_parameters(denoiser))
+    structures, total = discover(pipe, settings.modulation), count_parameters(denoiser_of(pipe))
+    return costs_of_share(structures, found, total)
 
 
 def magnitude(pipe: DiffusionPipeline, request: Request) -> Scores:

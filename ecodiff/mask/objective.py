@@ -155,8 +155,8 @@ class Budget:
     ) -> Mapping[str, float]:
         """The cost of the cheapest unit that stays when the cheapest are removed up to the target;
         the same for all kinds."""
-        every = torch.cat([costs[s.name] for s in structures])
-        sizes = torch.cat([torch.full((s.units,), float(s.unit_parameters)) for s in structures])
+        every = torch.cat([costs[s.name].sort().values for s in structures])
+        sizes = torch.cat([s.sizes() for s in structures])
         order = every.argsort(stable=True)
         gone = int((sizes[order].cumsum(0) <= self.sparsity * total).sum())
         price = every[order[min(gone, len(order) - 1)]].item()

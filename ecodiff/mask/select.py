@@ -31,7 +31,9 @@ def select(
     (EcoDiff, "ranking").
 
     Removed parameters reach the target and overshoot it by less than one unit, or one group of
-    `align` neurons. Units with equal scores are removed in the order of structures, then of units.
+    `align` neurons. Directions of a linear's input pay only once enough of them are gone: these
+    go as one group, ranked by their mean score. Units with equal scores are removed in the order
+    of structures, then of units.
 
     Args:
         structures: all structures of the denoiser.
@@ -65,10 +67,12 @@ def select(
     firsts = torch.tensor([0, *counts]).cumsum(0)
     index = torch.cat([own + first for (*_, own), first in zip(ranked, firsts, strict=False)])
     values = torch.cat([values for _, _, values, _ in ranked])
-    parameters = torch.cat([torch.full_like(own, s.unit_parameters) for s, _, _, own in ranked])
+    parameters = torch.cat([s.sizes()[: len(own)] for s, _, _, own in ranked])
     groups = int(firsts[-1])
     members = torch.bincount(index, minlength=groups)
-    order = (torch.zeros(groups).index_add(0, index, values) / members).argsort(stable=True)
+    # In float64 the mean of equal scores is that score: no group falls behind its successor.
+    means = values.new_zeros(groups, dtype=torch.float64).index_add(0, index, values.double())
+    order = (means / members).argsort(stable=True)
     sizes = torch.zeros(groups, dtype=torch.int64).index_add(0, index, parameters)
     goes = torch.zeros(groups, dtype=torch.bool)
     goes[order[: _count(sizes[order], sparsity, total_parameters, floor)]] = True
@@ -86,7 +90,8 @@ def limits_of(settings: MaskSettings) -> dict[str, Any]:
 def _groups(structure: Structure, floor: int, align: int) -> Tensor:
     """Group index of each removable unit, from the lowest score up: int64 (removable,)."""
     size = align if structure.kind == "neurons" else 1
-    first = structure.units % size or size  # size of the first group; it leaves a multiple
+    # Size of the first group: it leaves a multiple, or is as many directions as pay.
+    first = max(structure.units % size or size, structure.together)
     whole = max(structure.units - floor - first, -size) // size + 1
     removable = first + size * (whole - 1) if whole > 0 else 0
     return (torch.arange(removable) - first).div(size, rounding_mode="floor").clamp(min=-1) + 1
@@ -96,7 +101,7 @@ def removed_share(
     structures: Sequence[Structure], kept: Mapping[str, Tensor], total_parameters: int
 ) -> float:
     """The exact sparsity of a mask: removed parameters / all parameters of the denoiser."""
-    removed = sum(int((~kept[s.name]).sum()) * s.unit_parameters for s in structures)
+    removed = sum(s.removed(int((~kept[s.name]).sum())) for s in structures)
     return removed / total_parameters
 
 

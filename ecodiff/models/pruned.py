@@ -9,6 +9,7 @@ The entry `pruned` of its config holds their sizes:
     heads      attention name -> number of heads left
     kept       layer name -> which rows and columns of the dense layer these are, see `packed`;
                those of scattered linears are saved with the weights
+    ranks      name of a modulation linear -> its rank, where it became two linears
     dense      the fingerprint of the dense model, see `pipelines.fingerprint`
 
 So adapters of the dense model fit: their rows and columns of removed units are dropped.
@@ -70,6 +71,27 @@ class ScatterLinear(nn.Module):
         full = narrow.new_zeros(*narrow.shape[:-1], self.channels)
         full = full.index_copy(-1, self.index, narrow)
         return full if self.bias is None else full + self.bias
+
+
+class LowRankLinear(nn.Module):
+    """A linear of a low rank as two: `up(down(x))`, where `up` has the bias.
+
+    Args:
+        linear: the dense linear, (out, in); gives sizes, dtype and device.
+        rank: rows of `down` and columns of `up`, 0 or more.
+    """
+
+    def __init__(self, linear: nn.Linear, rank: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        with torch.device("meta"):  # no random weights: they are set or loaded afterwards
+            self.down = nn.Linear(linear.in_features, rank, bias=False)
+            self.up = nn.Linear(rank, linear.out_features)
+        self.to_empty(device=linear.weight.device).to(linear.weight.dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (..., in) to (..., out)."""
+        return self.up(self.down(input))
 
 
 class NoChannels(nn.Conv2d):
@@ -217,6 +239,11 @@ class Pruned:
     ) -> tuple[dict[str, Tensor], set[str]]:
         """The tensors of one layer's adapter, cut; and for which model they were made, if that can
         be told."""
+        if isinstance(layer, LowRankLinear):
+            raise ValueError(
+                f"adapter: {name} is of rank {layer.up.in_features} here and can't take it; merge"
+                " the adapter into the dense model, or prune with mask.modulation: channels"
+            )
         kept = self._kept(name, layer)
         layer = layer.rows if isinstance(layer, ScatterLinear) else layer
         sizes = {"rows": _size(layer, "out"), "columns": _size(layer, "in")}
@@ -334,6 +361,11 @@ def take(layer: nn.Linear | nn.Conv2d, dim: int, kept: Tensor) -> None:
         layer.__class__ = NoChannels
 
 
+def largest_rank(rows: int, columns: int) -> int:
+    """The largest rank at which two linears have fewer weights than one of (rows, columns)."""
+    return (rows * columns - 1) // (rows + columns)
+
+
 def set_heads(denoiser: nn.Module, name: str, heads: int) -> None:
     """Set an attention's number of heads, by which diffusers' processors split channels; with 0 it
     becomes `NoHeads`."""
@@ -371,6 +403,13 @@ def _apply(model: nn.Module, record: Mapping[str, Any]) -> None:
             take(layer, 0, rows)
         if len(columns) < dense[1]:
             take(layer, 1, columns)
+    for name, rank in record.get("ranks", {}).items():
+        layer = _part(model, name)
+        most = largest_rank(*layer.weight.shape) if isinstance(layer, nn.Linear) else -1
+        if not isinstance(rank, int) or not 0 <= rank <= most:
+            allowed = f"0 to {most}" if most >= 0 else "a linear of this model"
+            raise ValueError(f"config.json: pruned: {name}: {rank} is not possible ({allowed})")
+        model.set_submodule(name, LowRankLinear(layer, rank))
     for name, heads in record.get("heads", {}).items():
         dense_heads = getattr(_part(model, name), "heads", 0)
         if not isinstance(heads, int) or not 0 <= heads <= dense_heads:

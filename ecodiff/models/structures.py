@@ -4,7 +4,8 @@
 |------------|----------------------------------|------------------------|------------------------|
 | heads      | an attention head                | q, k, v projections    | output projections     |
 | neurons    | a hidden neuron of a FFN         | first linear(s)        | second linear          |
-| modulation | an output channel of AdaLN       | its linear             | none                   |
+| modulation | an output channel of AdaLN, or a | its linear             | none                   |
+|            | direction of what its linear reads |                      |                        |
 
 The only file that knows architectures. It recognises them by their linears (names, sizes and
 wiring), not by class names, and refuses a denoiser that it understands only in part. Sana's
@@ -13,7 +14,7 @@ feed-forward is made of convolutions; their output and input channels count as r
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from ecodiff.runtime.errors import UserError
 
 Kind = Literal["heads", "neurons", "modulation"]
+Modulation = Literal["channels", "rank"]
 
 _PROJECTIONS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 
@@ -55,6 +57,11 @@ class Structure:
         consumers: linears that lose input columns; empty for modulation.
         unit_parameters: parameters that are removed with one unit: weights, and the producers'
             biases unless it is modulation.
+        directions_of: the linear whose input's directions are the units, see
+            `trajectory.directions`; "" for all other structures. It becomes two linears of a rank
+            as large as the number of units that stay, so one unit is a row of the first and a
+            column of the second; it has no ports.
+        overhead: parameters that come with the first unit that goes: of the second linear.
     """
 
     name: str
@@ -64,6 +71,23 @@ class Structure:
     producers: tuple[Port, ...]
     consumers: tuple[Port, ...]
     unit_parameters: int
+    directions_of: str = ""
+    overhead: int = 0
+
+    @property
+    def together(self) -> int:
+        """How many units go together or not at all: the first that pay for the overhead."""
+        return self.overhead // self.unit_parameters + 1
+
+    def sizes(self) -> Tensor:
+        """Parameters that are removed with the first unit that goes, the second, ...: int64
+        (units,). With directions, nothing before as many are gone as pay."""
+        reached = torch.arange(self.units + 1) * self.unit_parameters - self.overhead
+        return reached.clamp(min=0).diff()
+
+    def removed(self, units: int) -> int:
+        """Parameters that are removed with so many of the units."""
+        return units * self.unit_parameters - (self.overhead if units else 0)
 
     def columns(self, port: Port, units: Tensor) -> Tensor:
         """Rows or columns of `port` that the given units own.
@@ -95,18 +119,26 @@ def denoiser_of(model: Any) -> nn.Module:
     return denoiser
 
 
-def discover(model: Any) -> list[Structure]:
+def discover(model: Any, modulation: Modulation = "channels") -> list[Structure]:
     """Find all structures of a denoiser, in the order of its `named_modules`.
 
     Args:
         model: a diffusers pipeline or its denoiser; any device, including `meta`.
+        modulation: the units of linears that read the conditioning alone: `channels` of AdaLN's
+            output, as in the paper, or directions of the input (`rank`).
 
     Raises:
         UserError: the denoiser's transformer blocks are not understood, or only in part; the
             modules are named.
     """
     denoiser = denoiser_of(model)
-    structures = [s for name, m in denoiser.named_modules() for s in _structures(name, m, denoiser)]
+    recognisers = (*_RECOGNISERS, {"channels": _modulation, "rank": _directions}[modulation])
+    structures = [
+        structure
+        for name, module in denoiser.named_modules()
+        for recognise in recognisers
+        if (structure := recognise(name, module, denoiser)) is not None
+    ]
     unfit = _unfit(denoiser, structures)
     if unfit or not structures:
         names = unfit or [name for name, m in denoiser.named_modules() if isinstance(m, nn.Linear)]
@@ -116,6 +148,11 @@ def discover(model: Any) -> list[Structure]:
             " (see docs/families.md; adapters must be merged, weights not quantised)"
         )
     return structures
+
+
+def modulation_of(names: Iterable[str]) -> Modulation:
+    """Which units of modulation the names of structures are of, for `discover`."""
+    return "rank" if any(name.endswith(".directions") for name in names) else "channels"
 
 
 def modulation_linears(structures: Iterable[Structure]) -> set[str]:
@@ -130,15 +167,7 @@ def count_parameters(denoiser: nn.Module) -> int:
 
 def maskable_share(structures: Iterable[Structure], total: int) -> float:
     """Share of `total` parameters, 0 to 1, that all units of `structures` hold."""
-    return sum(s.units * s.unit_parameters for s in structures) / total
-
-
-def _structures(name: str, module: nn.Module, denoiser: nn.Module) -> Iterator[Structure]:
-    """Yield the structures that `module` owns: none, or one."""
-    for recognise in _RECOGNISERS:
-        structure = recognise(name, module, denoiser)
-        if structure is not None:
-            yield structure
+    return sum(s.removed(s.units) for s in structures) / total
 
 
 def _heads(name: str, attention: nn.Module, denoiser: nn.Module) -> Structure | None:
@@ -215,19 +244,40 @@ def _parallel_neurons(name: str, block: nn.Module, denoiser: nn.Module) -> Struc
 
 
 def _modulation(name: str, module: nn.Module, denoiser: nn.Module) -> Structure | None:
-    """AdaLN: a linear that maps the conditioning to scales, shifts and gates.
-
-    It is either called `linear`, in a module that also has a `norm` or `silu`, or the last layer of
-    a Sequential with "mod" in its name.
-    """
-    linear, path = _linear(module, "linear"), f"{name}.linear"
-    beside = any(isinstance(getattr(module, n, None), nn.Module) for n in ("norm", "silu"))
-    if isinstance(module, nn.Sequential) and "mod" in name.rpartition(".")[2].lower():
-        last = str(len(module) - 1)
-        linear, path, beside = _linear(module, last), f"{name}.{last}", True
-    if linear is None or not beside:
+    """AdaLN: a linear that maps the conditioning to scales, shifts and gates."""
+    path = _modulation_linear(name, module)
+    if path is None:
         return None
-    return _structure(name, "modulation", linear.out_features, 1, [Port(path)], [], denoiser)
+    units = denoiser.get_submodule(path).out_features
+    return _structure(name, "modulation", units, 1, [Port(path)], [], denoiser)
+
+
+def _modulation_linear(name: str, module: nn.Module) -> str | None:
+    """The name of AdaLN's linear: `linear`, in a module that also has a `norm` or `silu`, or the
+    last layer of a Sequential with "mod" in its name."""
+    beside = any(isinstance(getattr(module, n, None), nn.Module) for n in ("norm", "silu"))
+    inner = "linear"
+    if isinstance(module, nn.Sequential) and "mod" in name.rpartition(".")[2].lower():
+        inner, beside = str(len(module) - 1), True
+    return f"{name}.{inner}" if beside and _linear(module, inner) is not None else None
+
+
+def _directions(name: str, module: nn.Module, denoiser: nn.Module) -> Structure | None:
+    """What a linear reads that reads the conditioning alone: AdaLN's, a residual block's projection
+    of the time (SDXL), or that of all blocks (Wan)."""
+    path = _modulation_linear(name, module) or next(
+        (f"{name}.{n}" for n in ("time_emb_proj", "time_proj") if _linear(module, n) is not None),
+        None,
+    )
+    if path is None:
+        return None
+    linear = denoiser.get_submodule(path)
+    rows, columns = linear.weight.shape
+    # Two linears of full rank have columns^2 more weights, and always a bias.
+    overhead = columns**2 + (rows if linear.bias is None else 0)
+    return Structure(
+        f"{path}.directions", "modulation", columns, 1, (), (), rows + columns, path, overhead
+    )
 
 
 _RECOGNISERS = (
@@ -236,7 +286,6 @@ _RECOGNISERS = (
     _gated_feed_forward,
     _conv_feed_forward,
     _parallel_neurons,
-    _modulation,
 )
 
 
@@ -301,7 +350,7 @@ def _unfit(denoiser: nn.Module, structures: list[Structure]) -> list[str]:
     between models.
     """
     known = {port.module for s in structures for port in (*s.producers, *s.consumers)}
-    known |= _whole_attentions(denoiser)
+    known |= {s.directions_of for s in structures} | _whole_attentions(denoiser)
     blocks = tuple(
         name.rpartition(".")[0].rpartition(".")[0] + "."
         for name, _ in denoiser.named_modules()

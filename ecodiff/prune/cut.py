@@ -15,12 +15,14 @@ from ecodiff.config.reading import read_settings
 from ecodiff.config.sections import PruneSettings
 from ecodiff.models.pipelines import fingerprint
 from ecodiff.models.pruned import Pruned, pruned_class
-from ecodiff.models.structures import Structure, denoiser_of, discover
+from ecodiff.models.structures import Structure, denoiser_of, discover, modulation_of
 from ecodiff.prune.compensate import compensate
+from ecodiff.prune.factorise import factorise
 from ecodiff.prune.in_groups import compensate_in_groups
 from ecodiff.prune.means import leave_means, of_modulation
 from ecodiff.prune.narrow import narrow
 from ecodiff.runtime.errors import UserError
+from ecodiff.trajectory.directions import bases_of
 
 if TYPE_CHECKING:
     from ecodiff.mask import Mask
@@ -61,8 +63,9 @@ def prune(
         raise UserError(f"mask: {mask!r} is not a mask{hint}")
     if not isinstance(mask, Mapping):
         mask.check(pipe)
-    structures, dense = discover(denoiser), fingerprint(pipe)
+    structures, dense = discover(denoiser, modulation_of(kept)), fingerprint(pipe)
     kept = _kept_units(structures, kept)
+    bases = bases_of(denoiser, structures, getattr(mask, "moments", {}), kept)
     settings = read_settings(PruneSettings, settings)
     if isinstance(data, Calibration):
         compensate_in_groups(
@@ -73,6 +76,7 @@ def prune(
             groups=settings.groups,
             ridge=settings.ridge,
             batch_size=settings.batch_size,
+            bases=bases,
         )
     elif data is not None:
         data.check(pipe)
@@ -82,6 +86,7 @@ def prune(
     means = getattr(mask, "means", {}) if data is None else of_modulation(structures, data.means)
     leave_means(denoiser, structures, kept, means)
     record = narrow(denoiser, structures, kept)
+    record["ranks"] = factorise(denoiser, structures, kept, bases)
     denoiser.__class__ = pruned_class(type(denoiser))
     denoiser.register_to_config(pruned={**record, "dense": dense})
     # The pipeline's config names the dense class; setting the component records the new one.
@@ -92,6 +97,7 @@ def prune(
 def _kept_units(structures: Sequence[Structure], mask: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Structure name -> int64 indices of the units that stay; only structures that lose units."""
     sizes = {s.name: s.units for s in structures}
+    together = {s.name: s.together for s in structures}
     kept = {}
     for name, stays in mask.items():
         if name not in sizes:
@@ -101,6 +107,13 @@ def _kept_units(structures: Sequence[Structure], mask: Mapping[str, Tensor]) -> 
         if stays.dtype != torch.bool or stays.shape != (sizes[name],):
             found = f"{stays.dtype} {tuple(stays.shape)}"
             raise UserError(f"mask: {name}: is {found}, must be bool of ({sizes[name]},)")
+        gone = int((~stays).sum())
+        if 0 < gone < together[name]:
+            most = sizes[name] - together[name]
+            raise UserError(
+                f"mask: {name}: a rank of {sizes[name] - gone} does not pay; keep at most {most}"
+                f" directions, or all {sizes[name]}"
+            )
         if not stays.all():
             kept[name] = stays.nonzero().flatten().cpu()
     return kept

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from ecodiff.models.structures import Structure, denoiser_of
 from ecodiff.prune.compensate import refit, write
 from ecodiff.prune.means import of_modulation
 from ecodiff.prune.narrow import consumer_columns
+from ecodiff.trajectory.directions import Basis
 from ecodiff.trajectory.gates import Gates
 from ecodiff.trajectory.rollout import DenseStep, dense_steps
 
@@ -31,6 +33,7 @@ def compensate_in_groups(
     groups: int,
     ridge: float,
     batch_size: int,
+    bases: Mapping[str, Basis] = MappingProxyType({}),
 ) -> None:
     """Re-solve the consumers group by group, in the order of the forward pass; in place, before
     anything is cut.
@@ -53,6 +56,7 @@ def compensate_in_groups(
             only by the removed modulation.
         ridge: relative strength of the ridge, see `compensate.solve`.
         batch_size: prompts that run together.
+        bases: of linears whose units are directions of the input, see `Gates`.
 
     Raises:
         UserError: the calibration is of another model.
@@ -71,7 +75,8 @@ def compensate_in_groups(
         for name, value in denoiser.get_submodule(module).named_parameters()
     }
     means = of_modulation(structures, calibration.means)
-    gates, solved = Gates(structures, means=means).to(denoiser.device), set[str]()
+    gates = Gates(structures, means=means, bases=bases).to(denoiser.device)
+    solved = set[str]()
     for group in _split(order, groups):
         gone = [s for s in structures if s.name in kept]
         gone = [s for s in gone if all(port.module in solved for port in s.consumers)]

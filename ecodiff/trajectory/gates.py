@@ -16,7 +16,8 @@ With d = 0 this is the hard concrete distribution itself, and P(gate > 0) = sigm
 Forward hooks multiply the input of each consumer (or the output of each modulation linear) by its
 gates. A gate of 0 and cutting the unit are then the same: `W[:, keep] @ x[keep] == W @ (m * x)` for
 a 0/1 mask m. With `means`, a closed gate replaces the unit's activation by its calibration mean
-instead of 0; after pruning a bias supplies that constant.
+instead of 0; after pruning a bias supplies that constant. Where units are directions of a linear's
+input, a hook multiplies the input's coordinates in their basis.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ecodiff.models.structures import Port, Structure
+from ecodiff.trajectory.directions import Basis
 
 TEMPERATURE = 0.83
 STRETCH = (-0.1, 1.1)
@@ -102,6 +104,7 @@ class Gates(nn.Module):
         means: module name -> calibration mean (see `Calibration.means`) that replaces the input of
             a consumer, or the output of a modulation linear, where a gate is closed. Modules that
             are not named get 0.
+        bases: linear name -> basis of its input, of structures whose units are its directions.
     """
 
     def __init__(
@@ -110,10 +113,11 @@ class Gates(nn.Module):
         first_logit: float = 3.0,
         floor: float = 0.0,
         means: Mapping[str, Tensor] = MappingProxyType({}),
+        bases: Mapping[str, Basis] = MappingProxyType({}),
     ) -> None:
         super().__init__()
         self.structures = list(structures)
-        self.floor, self.means = floor, dict(means)
+        self.floor, self.means, self.bases = floor, dict(means), dict(bases)
         for s in self.structures:
             logits = torch.full((s.units,), first_logit, dtype=torch.float32)
             # torch forbids dots in parameter names.
@@ -122,6 +126,7 @@ class Gates(nn.Module):
         self._outputs = _by_module(
             (s, port) for s in self.structures if not s.consumers for port in s.producers
         )
+        self._directions = {s.directions_of: s.name for s in self.structures if s.directions_of}
         self._multipliers: dict[str, Tensor] = {}
 
     @property
@@ -191,7 +196,7 @@ class Gates(nn.Module):
         self._multipliers = {
             module: _multiplier(ports, values)
             for module, ports in (self._inputs | self._outputs).items()
-        }
+        } | {module: values[name] for module, name in self._directions.items()}
 
     @contextmanager
     def attached(self, denoiser: nn.Module) -> Iterator[None]:
@@ -209,7 +214,7 @@ class Gates(nn.Module):
         """
         handles = []
         try:
-            for module in self._inputs:
+            for module in [*self._inputs, *self._directions]:
                 linear = denoiser.get_submodule(module)
                 handles.append(linear.register_forward_pre_hook(partial(self._gate_input, module)))
             for module in self._outputs:
@@ -231,10 +236,12 @@ class Gates(nn.Module):
         return self._gated(name, output)
 
     def _gated(self, name: str, x: Tensor) -> Tensor:
-        """gate * x + (1 - gate) * mean for x (k * n, ..., columns) and the gates (n, columns)."""
+        """gate * x + (1 - gate) * mean for x (k * n, ..., columns) and the gates (n, columns); the
+        same of x's coordinates where units are directions."""
         if name not in self._multipliers:
             raise RuntimeError("gates have no values: draw() or set() them before the model runs")
-        gate = self._multipliers[name].to(x.device, x.dtype)
+        kind = torch.float32 if name in self._directions else x.dtype
+        gate = self._multipliers[name].to(x.device, kind)
         prompts, covered = gate.shape
         branches, rest = divmod(len(x), prompts)
         if rest:
@@ -245,6 +252,8 @@ class Gates(nn.Module):
         if prompts > 1:
             gate = gate.repeat(branches, 1)
         gate = gate.view(len(gate), *[1] * (x.ndim - 2), -1)
+        if name in self._directions:
+            return self.bases[name].gated(x, gate)
         if name not in self.means:
             return x * gate
         return torch.lerp(self.means[name].to(x.device, x.dtype), x, gate)
@@ -276,8 +285,10 @@ class Gates(nn.Module):
         found: dict[str, Tensor] = {}
         logits = self.logits
         for s in self.structures:
-            share = closed(logits[s.name]).sum() * (s.unit_parameters / total_parameters)
-            found[s.kind] = found.get(s.kind, 0) + share
+            removed = closed(logits[s.name]).sum() * s.unit_parameters
+            if s.overhead:  # what is gone does not pay at first, but one more brings that nearer
+                removed = removed - removed.detach().clamp(max=s.overhead)
+            found[s.kind] = found.get(s.kind, 0) + removed / total_parameters
         return found
 
 
