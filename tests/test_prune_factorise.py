@@ -103,3 +103,15 @@ def test_what_a_rank_removes_of_flux(rank, least, most):
     kept = {s.name: torch.arange(rank) for s in structures if s.directions_of}
     factorise(denoiser, structures, kept, {})
     assert least < 100 * (1 - count_parameters(denoiser) / total) < most
+
+
+def test_an_adapter_of_a_linear_that_is_of_a_low_rank_is_refused():
+    pipe, calibration = calibrated("flux")
+    ecodiff.prune(pipe, mask_of(pipe, calibration, some_directions))
+    name = "transformer_blocks.0.norm1.linear"
+    state = {
+        f"{name}.lora_A.weight": torch.zeros(1, 48),
+        f"{name}.lora_B.weight": torch.zeros(288, 1),
+    }
+    with pytest.raises(ValueError, match=rf"adapter: {name} is of rank \d+ here"):
+        denoiser_of(pipe).fit_lora(state)
