@@ -136,7 +136,8 @@ class State:
 
     @torch.no_grad()
     def _load(self, tensors: dict[str, Tensor]) -> None:
-        self._make_moments()
+        if len(tensors) > sum(map(len, self.kept.values())):  # else saved before the first step
+            self._make_moments()
         for part, values in self.kept.items():
             for name, value in values.items():
                 value.copy_(tensors[f"{part}/{name}"])
