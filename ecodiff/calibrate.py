@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ecodiff.models.calls import check_call, log_cut_prompts, why_not_finite
 from ecodiff.models.families import Call, runs_per_step
+from ecodiff.models.libraries import without_compiling
 from ecodiff.models.pipelines import (
     check_fingerprint,
     denoise,
@@ -317,7 +318,8 @@ def watched(denoiser: nn.Module, names: Iterable[str], watch: Callable[..., Any]
         for name in names
     ]
     try:
-        yield
+        with without_compiling():
+            yield
     finally:
         for handle in handles:
             handle.remove()

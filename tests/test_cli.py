@@ -105,7 +105,10 @@ def test_a_job_that_asks_for_a_gpu_does_not_silently_run_without(tmp_path, capsy
         "run": "r",
         "models": {"m": model},
         "variants": [{"method": "random", "sparsities": [0.2]}],
-        "prompts": {"calibration": prompts, "evaluation": {**prompts, "seed": 99, "split": "held-out"}},
+        "prompts": {
+            "calibration": prompts,
+            "evaluation": {**prompts, "seed": 99, "split": "held-out"},
+        },
     }
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
     words = ("generate", "m", make_prompts(tmp_path), tmp_path / "out")

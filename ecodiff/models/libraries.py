@@ -1,12 +1,18 @@
-"""What diffusers and transformers say by themselves."""
+"""What libraries do by themselves, and how to have it otherwise: what they say, and compiling."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
+import torch
 from diffusers.utils import logging as diffusers_logging
+from torch import nn
 from transformers.utils import logging as transformers_logging
+
+from ecodiff.runtime.errors import UserError
 
 _LOGS = (diffusers_logging, transformers_logging)
 
@@ -28,3 +34,31 @@ def errors_only() -> Iterator[None]:
     finally:
         for log, level in zip(_LOGS, before, strict=True):
             log.set_verbosity(level)
+
+
+def without_compiling() -> AbstractContextManager:
+    """Inside, compiled modules run as they are written: hooks that were added later count."""
+    is_in_use = "torch._dynamo" in sys.modules  # importing it takes seconds
+    return torch.compiler.set_stance("force_eager") if is_in_use else nullcontext()
+
+
+def plain(module: Any) -> Any:
+    """The module that `torch.compile` wrapped; any other as it is."""
+    return getattr(module, "_orig_mod", module)
+
+
+def refuse_offloaded(module: nn.Module, what: str) -> None:
+    """Raise `UserError` when the weights lie elsewhere, kept by hooks that know no others.
+
+    Args:
+        module: any; one whose weights move as a whole (`enable_model_cpu_offload`) is fine.
+        what: is to be done with it.
+    """
+    for part in module.modules():
+        is_empty = hasattr(part, "_hf_hook") and any(p.is_meta for p in part.parameters(False))
+        registry = getattr(part, "_diffusers_hook", None)
+        if is_empty or (registry is not None and registry.get_hook("group_offloading")):
+            raise UserError(
+                f"{what}: {type(module).__name__} is offloaded; do this before sequential or group"
+                " offloading, or after remove_all_hooks() of the pipeline"
+            )

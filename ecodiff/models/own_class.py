@@ -15,18 +15,23 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-LOADER = "diffusers.pipelines.pipeline_loading_utils"
+# Where diffusers asks for the code of a folder: for pipelines, and for a model alone.
+LOADERS = ["diffusers.pipelines.pipeline_loading_utils", "diffusers.models.auto_model"]
 
 
 class _AfterImport(MetaPathFinder):
-    """Patches diffusers' loader when it is imported, so that importing ecodiff imports no torch."""
+    """Patches diffusers' loaders when they are imported, so that importing ecodiff imports no
+    torch."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name != LOADER:
+        if name not in self.names:
             return None
-        sys.meta_path.remove(self)
+        self.names.remove(name)  # or the search below would end here again
         spec = find_spec(name)
         if spec is not None and spec.loader is not None:
             run = spec.loader.exec_module
@@ -35,15 +40,21 @@ class _AfterImport(MetaPathFinder):
 
 
 def install() -> None:
-    """Patch diffusers' loader, now or when it is imported."""
-    if LOADER in sys.modules:
-        _prepare(sys.modules[LOADER])
-    else:
-        sys.meta_path.insert(0, _AfterImport())
+    """Patch diffusers' loaders, now or when they are imported."""
+    for name in LOADERS:
+        if name in sys.modules:
+            _prepare(sys.modules[name])
+    sys.meta_path.insert(0, _AfterImport([n for n in LOADERS if n not in sys.modules]))
 
 
 def _prepare(loader: ModuleType) -> None:
     from_folder = loader.get_class_from_dynamic_module
+    if hasattr(loader, "AutoModel"):
+        # It looks for code in model_index.json alone, and refuses a folder whose parts have it.
+        is_trusted = loader.resolve_trust_remote_code
+        loader.resolve_trust_remote_code = lambda trust, source, has_code: (
+            has_code and is_trusted(trust, source, has_code)
+        )
 
     def find(folder: str, module_file: str, class_name: str, **kwargs: Any) -> type:
         from ecodiff.models import pruned

@@ -22,7 +22,7 @@ from ecodiff.models import families
 from ecodiff.models.calls import check_call, mixed_dtypes
 from ecodiff.models.families import Call
 from ecodiff.models.identity import OLD, is_fingerprint, packed, same_denoiser, same_model
-from ecodiff.models.libraries import errors_only
+from ecodiff.models.libraries import errors_only, refuse_offloaded
 from ecodiff.models.pruned import Pruned
 from ecodiff.models.structures import denoiser_of
 from ecodiff.runtime.errors import UserError, first_line
@@ -181,6 +181,7 @@ def fingerprint(pipe: DiffusionPipeline) -> str:
     """
     denoiser, values = denoiser_of(pipe), []
     digest, scheduler = (_digest_of_config(part) for part in (denoiser, pipe.scheduler))
+    refuse_offloaded(denoiser, "weights")
     for name, weight in denoiser.state_dict().items():
         flat = weight.detach().reshape(-1)
         spread = torch.linspace(0, max(flat.numel() - 1, 0), min(VALUES, flat.numel())).long()

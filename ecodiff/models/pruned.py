@@ -23,6 +23,7 @@ import shutil
 import zlib
 from collections import defaultdict
 from collections.abc import Mapping
+from copy import copy
 from functools import cache, wraps
 from pathlib import Path
 from typing import Any, Self
@@ -150,6 +151,7 @@ class Pruned:
         """
         config = dict(config)
         record = config.pop("pruned", {})
+        config.pop("auto_map", None)  # where this class is; written anew when it is saved
         model, unused = super().from_config(config, return_unused_kwargs=True, **kwargs)
         _apply(model, record)
         model.register_to_config(pruned=dict(record))
@@ -199,6 +201,58 @@ class Pruned:
         options |= {"network_alphas": alphas or None, "metadata": metadata or None}
         state = {f"{dot}{key}": value for key, value in state.items()}
         super().load_lora_adapter(state, prefix, **options)
+
+    def add_adapter(self, adapter_config: Any, adapter_name: str = "default") -> None:
+        """Add an adapter to train; same contract as diffusers'. Of a scattered linear its rows are
+        adapted."""
+        from peft.tuners.tuners_utils import check_target_module_exists as matches
+
+        names = [name for name, part in self.named_modules() if isinstance(part, ScatterLinear)]
+        wanted = [name for name in names if matches(adapter_config, name) is True]
+        if not isinstance(adapter_config.target_modules, str) and wanted:
+            adapter_config = copy(adapter_config)
+            rows, not_these = {f"{name}.rows" for name in wanted}, adapter_config.exclude_modules
+            adapter_config.target_modules = rows | {*adapter_config.target_modules}
+            adapter_config.exclude_modules = [*wanted, *(not_these or ())]
+        super().add_adapter(adapter_config, adapter_name)
+
+    def _convert_ip_adapter_attn_to_diffusers(
+        self, state_dicts: list[dict[str, Any]], **options: Any
+    ) -> dict[str, Any]:
+        """The attention processors of IP-Adapters, without what belongs to removed heads.
+
+        Raises:
+            ValueError: in a transformer, where they read all heads.
+        """
+        convert = super()._convert_ip_adapter_attn_to_diffusers
+        if not isinstance(self, diffusers.UNet2DConditionModel):
+            if self.config["pruned"]["heads"]:
+                raise ValueError(f"IP-Adapters need all heads; {type(self).__name__} lost some")
+            return convert(state_dicts, **options)
+        # Their layers are numbered by the cross-attentions, in order: 1, 3, 5, ...
+        present, cross = self.attn_processors, []
+        for name, part in self.named_modules():
+            if isinstance(part, NoHeads) or f"{name}.processor" in present:
+                cross += [] if name.endswith("attn1") else [name]
+        left = [i for i, name in enumerate(cross) if f"{name}.processor" in present]
+        moved = [
+            {
+                **state,
+                "ip_adapter": {
+                    f"{2 * new + 1}.{part}": state["ip_adapter"][f"{2 * old + 1}.{part}"]
+                    for new, old in enumerate(left)
+                    for part in ("to_k_ip.weight", "to_v_ip.weight")
+                },
+            }
+            for state in state_dicts
+        ]
+        processors = convert(moved, **options)
+        for name in (cross[i] for i in left):
+            rows = self._kept(f"{name}.to_k", None).get("rows")
+            processor = processors[f"{name}.processor"]
+            for layer in () if rows is None else (*processor.to_k_ip, *processor.to_v_ip):
+                take(layer, 0, rows.nonzero().flatten())
+        return processors
 
     def fit_lora(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """An adapter of the dense model without the rows and columns of removed units: with it this
@@ -376,7 +430,7 @@ def set_heads(denoiser: nn.Module, name: str, heads: int) -> None:
     inner = heads * (attention.inner_dim // attention.heads)
     for attribute, value in (
         ("heads", heads),
-        ("sliceable_head_dim", heads),
+        ("sliceable_head_dim", max(2, heads)),  # by default diffusers takes half of it
         ("inner_dim", inner),
         ("inner_kv_dim", inner),
     ):

@@ -8,7 +8,8 @@ business. Safetensors only.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ecodiff.models.complete import check_components, read_json
+from ecodiff.models.libraries import plain, refuse_offloaded
 from ecodiff.models.pruned import Pruned
 from ecodiff.models.structures import Structure, discover
 from ecodiff.runtime.artifacts import MARKER, atomic
@@ -47,9 +49,13 @@ def save(pipe: DiffusionPipeline, folder: str | Path) -> None:
         folder: made, or replaced when it is one that ecodiff wrote.
 
     Raises:
-        UserError: the folder holds something else.
+        UserError: the folder holds something else, or what is not saved as it is: adapters, fused
+            projections, offloaded weights.
     """
-    with atomic(folder, folder=True) as scratch:
+    for name, part in pipe.components.items():
+        if isinstance(part, nn.Module):
+            _refuse_changed(name, plain(part))
+    with atomic(folder, folder=True) as scratch, _without_wrappers(pipe):
         pipe.save_pretrained(scratch, safe_serialization=True, max_shard_size=SHARD)
 
 
@@ -65,6 +71,32 @@ def save_adapter(pipe: DiffusionPipeline, adapter: Mapping[str, Tensor], folder:
     folder.mkdir()
     tensors = {f"{name}.{key}": value.contiguous() for key, value in adapter.items()}
     save_file(tensors, folder / LORA_WEIGHT_NAME_SAFE, metadata={"format": "pt"})
+
+
+def _refuse_changed(name: str, part: nn.Module) -> None:
+    """Raise `UserError` when a component would be written so that it can't be read."""
+    modules = [*part.modules()]
+    if any(hasattr(module, "base_layer") for module in modules):
+        raise UserError(
+            f"save: {name} has an adapter; merge it by fuse_lora() of the pipeline and then call"
+            " unload_lora_weights(), or save it by itself"
+        )
+    if any(getattr(module, "fused_projections", False) for module in modules):
+        raise UserError(f"save: {name}: projections were fused; load it again, save, then fuse")
+    refuse_offloaded(part, f"save: {name}")
+
+
+@contextmanager
+def _without_wrappers(pipe: DiffusionPipeline) -> Iterator[None]:
+    """Inside, the pipeline's components are without the wrappers of `torch.compile`."""
+    wrapped = {name: part for name, part in pipe.components.items() if plain(part) is not part}
+    for name, part in wrapped.items():
+        setattr(pipe, name, plain(part))
+    try:
+        yield
+    finally:
+        for name, part in wrapped.items():
+            setattr(pipe, name, part)
 
 
 def load(

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ecodiff.models.libraries import plain
 from ecodiff.runtime.errors import UserError
 
 Kind = Literal["heads", "neurons", "modulation"]
@@ -106,17 +107,19 @@ class Structure:
 
 
 def denoiser_of(model: Any) -> nn.Module:
-    """Return the U-Net or transformer of a pipeline, or `model` itself when it is a module.
+    """Return the U-Net or transformer of a pipeline, or `model` itself when it is a module; without
+    the wrapper of `torch.compile`.
 
     Raises:
         UserError: the pipeline has neither.
     """
     if isinstance(model, nn.Module):
-        return model
-    denoiser = getattr(model, "unet", None) or getattr(model, "transformer", None)
+        return plain(model)
+    parts = (getattr(model, name, None) for name in ("unet", "transformer"))
+    denoiser = next((part for part in parts if part is not None), None)
     if denoiser is None:
         raise UserError(f"{type(model).__name__} has no denoiser: expected a unet or a transformer")
-    return denoiser
+    return plain(denoiser)
 
 
 def discover(model: Any, modulation: Modulation = "channels") -> list[Structure]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ecodiff.calibrate import Calibration, Grams
 from ecodiff.config.reading import read_settings
 from ecodiff.config.sections import PruneSettings
+from ecodiff.models.libraries import plain, refuse_offloaded
 from ecodiff.models.pipelines import fingerprint
 from ecodiff.models.pruned import Pruned, pruned_class
 from ecodiff.models.structures import Structure, denoiser_of, discover, modulation_of
@@ -51,12 +52,13 @@ def prune(
         settings: ridge, groups and batch size of the compensation.
 
     Raises:
-        UserError: the denoiser is pruned already, mask or data are of another model, or a mapping
-            doesn't fit its structures.
+        UserError: the denoiser is offloaded or pruned already, mask or data are of another model,
+            or a mapping doesn't fit its structures.
     """
     denoiser = denoiser_of(pipe)
     if isinstance(denoiser, Pruned):
         raise UserError("the denoiser is pruned already; prune the dense model with a larger mask")
+    refuse_offloaded(denoiser, "prune")
     kept = getattr(mask, "kept", mask)
     if not isinstance(kept, Mapping):
         hint = "; ecodiff.Mask.load reads a file" if isinstance(mask, str | Path) else ""
@@ -90,7 +92,7 @@ def prune(
     denoiser.__class__ = pruned_class(type(denoiser))
     denoiser.register_to_config(pruned={**record, "dense": dense})
     # The pipeline's config names the dense class; setting the component records the new one.
-    name = next(n for n, component in pipe.components.items() if component is denoiser)
+    name = next(n for n, component in pipe.components.items() if plain(component) is denoiser)
     setattr(pipe, name, denoiser)
 
 

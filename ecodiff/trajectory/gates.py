@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ecodiff.models.libraries import without_compiling
 from ecodiff.models.structures import Port, Structure
 from ecodiff.trajectory.directions import Basis
 
@@ -220,7 +221,8 @@ class Gates(nn.Module):
             for module in self._outputs:
                 linear = denoiser.get_submodule(module)
                 handles.append(linear.register_forward_hook(partial(self._gate_output, module)))
-            yield
+            with without_compiling():
+                yield
         finally:
             for handle in handles:
                 handle.remove()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as run_again_in_backward
 
 from ecodiff.models.families import Call, runs_per_step
+from ecodiff.models.libraries import without_compiling
 from ecodiff.models.pipelines import call_arguments, quiet
 from ecodiff.models.structures import denoiser_of
 from ecodiff.runtime.errors import UserError
@@ -180,7 +181,8 @@ def replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
     own = module.__dict__.get("forward")  # accelerate, for one, sets it on the instance
     module.forward = forward
     try:
-        yield
+        with without_compiling():
+            yield
     finally:
         if own is None:
             del module.forward
