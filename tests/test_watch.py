@@ -145,7 +145,8 @@ def test_an_error_of_the_users_is_its_line_alone(tmp_path):
 
 REFUSED = (
     "SLURM sbatch failed. The error message was 'sbatch: error: invalid partition specified: x\n"
-    "sbatch: error: Batch job submission failed: Invalid partition name specified'.\n    sbatch call:"
+    "sbatch: error: Batch job submission failed: Invalid partition name specified'.\n"
+    "    sbatch call:"
 )
 
 

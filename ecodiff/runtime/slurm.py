@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 
@@ -28,7 +29,7 @@ def left_behind(name: str) -> list[str]:
 def profile_mistake(words: Sequence[str], project: Path) -> str | None:
     """What is wrong with the `--workflow-profile` of a command line; None when nothing is.
 
-    Snakemake silently does without a profile that it cannot find, and runs all jobs on this machine.
+    Snakemake silently does without a profile that it cannot find, and runs all jobs here.
 
     Args:
         words: the command line.
@@ -36,7 +37,7 @@ def profile_mistake(words: Sequence[str], project: Path) -> str | None:
     """
     option = "--workflow-profile"
     names = [word.partition("=")[2] for word in words if word.startswith(f"{option}=")]
-    names += [after for word, after in zip(words, words[1:], strict=False) if word == option]
+    names += [after for word, after in pairwise(words) if word == option]
     for name in names:
         places = [Path(name), Path("profiles", name), Path(project, "profiles", name)]
         if name == "none" or any(place.exists() for place in places):
