@@ -250,3 +250,68 @@ def test_order_is_the_sets_own(tmp_path, images):
     order = np.random.default_rng(3).permutation(30)
     found = listed(tmp_path / "c.json", content, count=30, source="coco", images=images, seed=3)
     assert found == [f"of {i}" for i in order]
+
+
+# --- a folder of pictures
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder with b.png, a.jpg and sub/c.png, and their captions beside them."""
+    folder = tmp_path / "pictures"
+    (folder / "sub").mkdir(parents=True)
+    for name, caption in (("b.png", "a bee"), ("a.jpg", " an ape\n"), ("sub/c.png", "a cat")):
+        (folder / name).touch()
+        (folder / name).with_suffix(".txt").write_text(caption)
+    return folder
+
+
+def of_folder(folder, count, **settings):
+    chosen = PromptSet(source="folder", path=str(folder), count=count, **settings)
+    table = make_prompts(chosen, folder / "none")
+    return [(row.prompt, row.image.removeprefix(f"{folder}/")) for row in table.itertuples()]
+
+
+def test_captions_lie_beside_their_pictures(pictures):
+    expected = [("an ape", "a.jpg"), ("a bee", "b.png"), ("a cat", "sub/c.png")]
+    assert of_folder(pictures, 3) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("metadata.csv", "file_name,text\nb.png,one\nsub/c.png,two\n"),
+        (
+            "metadata.jsonl",
+            '{"file_name": "sub/c.png", "text": "two"}\n{"text": "one", "file_name": "b.png"}\n',
+        ),
+    ],
+)
+def test_captions_lie_in_a_list(pictures, name, content):
+    (pictures / name).write_text(content)
+    assert of_folder(pictures, 2, column="text") == [("one", "b.png"), ("two", "sub/c.png")]
+
+
+def test_pictures_without_captions_are_counted_and_named(pictures):
+    (pictures / "b.txt").unlink()
+    (pictures / "sub/c.txt").unlink()
+    with pytest.raises(UserError, match=r"2 of 3 pictures in .* have no caption: 'b.png', 'c.png'"):
+        of_folder(pictures, 1)
+
+
+def test_blank_captions_of_pictures_are_counted(pictures, caplog):
+    (pictures / "b.txt").write_text("\n")
+    with caplog.at_level(logging.INFO):
+        assert of_folder(pictures, 2) == [("an ape", "a.jpg"), ("a cat", "sub/c.png")]
+    assert "pictures with blank captions left out: 1" in caplog.text
+
+
+def test_a_folder_without_pictures_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"is no folder of pictures \(.png, "):
+        of_folder(tmp_path, 1)
+
+
+def test_listed_pictures_that_are_missing_are_counted(pictures):
+    (pictures / "metadata.csv").write_text("file_name,prompt\nb.png,one\nno.png,two\n")
+    with pytest.raises(UserError, match=r"1 of 2 pictures are missing in .*pictures: 'no.png'"):
+        of_folder(pictures, 2)

@@ -1,9 +1,13 @@
 """What is kept of the dense model's trajectory: every call, to the bit."""
 
 from collections import Counter
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from diffusers import DDPMScheduler
+from PIL import Image
 from safetensors import safe_open
 from tiny import CALLS, tiny
 
@@ -62,6 +66,64 @@ def test_a_leader_pruned_from_another_model_is_refused(tmp_path):
     ecodiff.prune(pruned, {s.name: torch.arange(s.units) % 2 == 0 for s in discover(pruned)})
     with pytest.raises(UserError, match="pruned"):
         record(tiny("flux"), PROMPTS, SEEDS, CALLS["flux"], 3, tmp_path, leader=pruned)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A picture for each prompt."""
+    rng = np.random.default_rng(0)
+    paths = [tmp_path / f"{number}.png" for number in range(len(PROMPTS))]
+    for path in paths:
+        Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(path)
+    return [*map(str, paths)]
+
+
+def latents_of(pipe, paths, scale, shift):
+    """diffusers' own way to latents."""
+    pixels = pipe.image_processor.preprocess([Image.open(path) for path in paths])
+    return (pipe.vae.encode(pixels).latent_dist.mode() - shift) * scale
+
+
+def test_pictures_are_noised_as_far_as_each_step_of_flow_matching(pictures, tmp_path):
+    pipe, call, out = tiny("flux"), CALLS["flux"], tmp_path / "out"
+    out.mkdir()
+    record(pipe, PROMPTS, SEEDS, call, 3, out, pictures=pictures)
+    (batch,) = read([out], pipe, fingerprint(pipe))
+    config = pipe.vae.config
+    z0 = latents_of(pipe, pictures, config.scaling_factor, config.shift_factor or 0.0)
+    z0 = pipe._pack_latents(z0, *z0.shape)
+    noise = starting_noise(pipe, SEEDS, call)
+    assert batch.steps == call["num_inference_steps"]
+    for number in range(batch.steps):
+        step = batch.step(number, z0.device, z0.dtype)
+        sigma = pipe.scheduler.sigmas[number]
+        expected = (1 - sigma) * z0 + sigma * noise
+        torch.testing.assert_close(step.kwargs["hidden_states"], expected, rtol=1e-4, atol=1e-5)
+        with torch.no_grad():
+            assert torch.equal(prediction_of(pipe.transformer(**step.kwargs)), step.prediction)
+
+
+def test_pictures_are_noised_as_the_scheduler_does_it_in_both_branches(pictures, tmp_path):
+    pipe, call, out = tiny("sdxl"), CALLS["sdxl"], tmp_path / "out"
+    out.mkdir()
+    record(pipe, PROMPTS, SEEDS, call, 3, out, pictures=pictures)
+    (batch,) = read([out], pipe, fingerprint(pipe))
+    z0 = latents_of(pipe, pictures, pipe.vae.config.scaling_factor, 0.0)
+    scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+    noise = starting_noise(pipe, SEEDS, call)
+    for number, timestep in enumerate(pipe.scheduler.timesteps):
+        step = batch.step(number, z0.device, z0.dtype)
+        times = timestep.long().repeat(3)
+        expected = scheduler.add_noise(z0, noise, times).repeat(2, 1, 1, 1)
+        torch.testing.assert_close(step.args[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_pictures_that_cannot_be_read_are_counted_before_anything_is_drawn(pictures, tmp_path):
+    for path in pictures[1:]:
+        Path(path).write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"2 of 3 pictures cannot be read: '1.png', '2.png'; "):
+        record(tiny("flux"), PROMPTS, SEEDS, CALLS["flux"], 1, tmp_path / "out", pictures=pictures)
+    assert not (tmp_path / "out").exists()
 
 
 def test_both_branches_of_guidance_are_there(tmp_path):

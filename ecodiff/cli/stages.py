@@ -196,6 +196,9 @@ def trajectory(
     leader: Annotated[
         Path | None, typer.Option(help="A pruned model, at whose latents the dense one is asked.")
     ] = None,
+    pictures: Annotated[
+        bool, typer.Option("--pictures", help="Ask it at the table's real pictures, noised.")
+    ] = False,
     load: Load = None,
     config: ConfigFile = None,
     of: Of = None,
@@ -208,19 +211,26 @@ def trajectory(
     source, rows = Source(config, of), read_prompts(table)
     arguments = source.call(call)
     rows = shard_of(rows, shard, shard_size or len(rows))
+    if leader and pictures:
+        raise UserError("trajectory: --leader and --pictures name different latents; not both")
+    if pictures and rows["image"].isna().any():
+        raise UserError(f"{table}: has prompts without a picture, which --pictures needs")
     with job(
         "retrain.trajectory",
         folders=[out],
         reads=[model, table, leader, config],
         model=model,
         leader=leader and str(leader),
+        pictures=pictures,
         prompts=str(table),
         call=arguments,
     ):
         pipe = source.load(model, load)
         led = source.load(str(leader), load, encoders=False) if leader else None
+        prompts, seeds = [*rows["prompt"]], [*rows["seed"]]
+        images = [*rows["image"]] if pictures else None
         with atomic(out, folder=True) as folder:
-            record(pipe, [*rows["prompt"]], [*rows["seed"]], arguments, batch_size, folder, led)
+            record(pipe, prompts, seeds, arguments, batch_size, folder, led, images)
 
 
 def retrain(

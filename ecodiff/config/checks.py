@@ -207,7 +207,11 @@ def _amounts(config: Config) -> Iterator[Mistake]:
                     yield ("ablations", "vary", key), message
         for recipe in {v.retrain for v in config.variants_of(model)} & own.retrain.keys():
             section = own.retrain[str(recipe)]
-            count = config.prompts[section.prompts or config.calibrate.prompts].count
+            prompts = section.prompts or config.calibrate.prompts
+            count = config.prompts[prompts].count
+            if section.states == "pictures" and not config.prompts[prompts].has_pictures:
+                path = ("retrain", str(recipe), "states")
+                yield path, f"the prompt set {prompts} has no pictures"
             if 2 * section.batch > count:
                 message = f"{section.batch} of {count} prompts; two batches at least are needed"
                 yield ("retrain", str(recipe), "batch"), message

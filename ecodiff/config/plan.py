@@ -210,8 +210,9 @@ class Plan:
         if settings.states == "both":
             folders.append(f"{self.results}/{model}/{pruned.name}")
         prompts = settings.prompts or self.config.calibrate.prompts
+        at = "-pictures" if settings.states == "pictures" else ""
         return [
-            f"{folder}/trajectories/{prompts}-{settings.batch}/{shard}"
+            f"{folder}/trajectories/{prompts}-{settings.batch}{at}/{shard}"
             for folder in folders
             for shard in range(self._shards(prompts))
         ]

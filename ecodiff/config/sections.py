@@ -61,15 +61,17 @@ class Settings(BaseModel):
 class PromptSet(Settings):
     """Where the prompts of one set, their seeds and their real images come from."""
 
-    source: Literal["shapeworld", "file", "coco", "flickr30k", "gcc"]
-    """`file`: a txt (one prompt per line), csv, tsv, jsonl or parquet file. `shapeworld`: captions
+    source: Literal["shapeworld", "file", "folder", "coco", "flickr30k", "gcc"]
+    """`file`: a txt (one prompt per line), csv, tsv, jsonl or parquet file. `folder`: pictures with
+    captions, in txt files of the same names or in a metadata.csv (tsv, jsonl, parquet) with a
+    column `file_name`. `shapeworld`: captions
     of the toys' world, drawn from `seed`. The others: the captions file of that data set."""
     path: FilePath | None = None
-    """The file, or the captions file of the data set; not for shapeworld."""
+    """The file, the folder, or the captions file of the data set; not for shapeworld."""
     images: FilePath | None = None
     """coco, flickr30k: folder of the real images, which FID, KID and CMMD compare with."""
     column: str = "prompt"
-    """file: the column (jsonl: the key) that holds the prompts; not for txt."""
+    """file, folder: the column (jsonl: the key) that holds the prompts; not for txt."""
     split: Literal["train", "held-out"] = "train"
     """shapeworld: the two splits share no caption; the toys are trained on `train`."""
     count: PositiveInt
@@ -84,6 +86,7 @@ class PromptSet(Settings):
         read = {
             "shapeworld": {"split"},
             "file": {"path", "column"},
+            "folder": {"path", "column"},
             "coco": {"path", "images"},
             "flickr30k": {"path", "images"},
             "gcc": {"path"},
@@ -99,6 +102,11 @@ class PromptSet(Settings):
         if self.seed + self.count > 2**63:
             raise ValueError(f"seed: seed + count goes beyond 2^63: {self.seed} + {self.count}")
         return self
+
+    @property
+    def has_pictures(self) -> bool:
+        """Whether each prompt has a real picture."""
+        return self.images is not None or self.source in ("shapeworld", "folder")
 
     @property
     def files(self) -> list[str]:
@@ -321,10 +329,12 @@ class RetrainSettings(Settings):
     prompts: Name | None = None
     """Prompt set that the dense model's trajectory is recorded on; null: the calibration set. A
     hundred prompts are few: 400 to 5,000."""
-    states: Literal["dense", "both"] = "dense"
-    """Latents to learn at. `dense`: those that the dense model meets. `both`: also those that the
-    pruned model meets before it is retrained, where the dense model is asked as well; that corrects
-    what adds up from step to step, and takes a recording for each variant."""
+    states: Literal["dense", "both", "pictures"] = "both"
+    """Latents to learn at, where the dense model says what to predict. `dense`: those that it meets
+    itself. `both`: also those that the pruned model meets before it is retrained; that corrects
+    what adds up from step to step and, on the toys, left half the error of `dense`, for a recording
+    of each variant. `pictures`: the prompts'
+    real pictures, noised as far as each step of the pipeline expects."""
     rank: PositiveInt = 16
     """lora: rank of the updates. 4 to 256; the paper uses 16 for SDXL and 256 for FLUX."""
     alpha: PositiveFloat | None = None

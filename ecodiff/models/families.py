@@ -213,16 +213,28 @@ def latent_shape(pipe: DiffusionPipeline, call: Call) -> tuple[int, ...]:
 
 def denormalised(vae: nn.Module, latents: Tensor) -> Tensor:
     """Latents (n, C, ...) as the VAE decodes them: undo scaling and shift by the VAE's config."""
+    scale, deviation, mean = _normalisation(vae, latents)
+    return latents * deviation / scale + mean
+
+
+def normalised(vae: nn.Module, latents: Tensor) -> Tensor:
+    """Latents (n, C, ...) of the VAE as the denoiser reads them: the inverse of `denormalised`."""
+    scale, deviation, mean = _normalisation(vae, latents)
+    return (latents - mean) * scale / deviation
+
+
+def _normalisation(vae: nn.Module, latents: Tensor) -> tuple[float, Tensor | float, Tensor | float]:
+    """Scale, deviation and mean by the VAE's config, the latter two maybe of each channel."""
     config = vae.config
     scale = config.get("scaling_factor") or 1.0
     mean, deviation = config.get("latents_mean"), config.get("latents_std")
     if mean is None or deviation is None:
-        return latents / scale + (config.get("shift_factor") or 0.0)
+        return scale, 1.0, config.get("shift_factor") or 0.0
     mean, deviation = (
         torch.tensor(values).view(1, -1, *[1] * (latents.ndim - 2)).to(latents)
         for values in (mean, deviation)
     )
-    return latents * deviation / scale + mean
+    return scale, deviation, mean
 
 
 def argument(pipe: DiffusionPipeline, call: Call, name: str) -> Any:

@@ -142,6 +142,35 @@ def decode(pipe: DiffusionPipeline, latents: Tensor, call: Call) -> np.ndarray:
     return (images * 255).round().astype(np.uint8)
 
 
+def encode_pictures(pipe: DiffusionPipeline, pictures: np.ndarray) -> Tensor:
+    """Encode pictures as final latents: what `decode` gives them back from, up to the VAE's error.
+
+    Args:
+        pipe: the pipeline.
+        pictures: uint8 (n, height, width, 3), of the size that is drawn.
+
+    Returns:
+        Latents (n, ...) in the layout of the pipeline's, the mode of what the VAE encodes.
+    """
+    vae, family = pipe.vae, families.family_of(pipe)
+    pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).to(vae.device, vae.dtype) / 127.5 - 1
+    upcast = family.upcasts and vae.dtype == torch.float16 and vae.config.force_upcast
+    if upcast:
+        vae.to(torch.float32)
+        pixels = pixels.float()
+    is_causal = vae.config.get("temperal_downsample") is not None
+    found = vae.encode(pixels[:, :, None] if is_causal else pixels)
+    if upcast:
+        vae.to(torch.float16)
+    latents = found.latent_dist.mode() if hasattr(found, "latent_dist") else found.latent
+    latents = families.normalised(vae, latents.to(latent_dtype(pipe)))
+    if family.is_packed:
+        if latents.ndim == 5:
+            latents = latents[:, :, 0]
+        latents = pipe._pack_latents(latents, *latents.shape)
+    return latents
+
+
 def call_arguments(
     pipe: DiffusionPipeline, embeds: Mapping[str, Tensor], noise: Tensor, call: Call
 ) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def _find_pictures(settings: PromptSet, paths: list[str]) -> None:
     if missing:
         raise UserError(
             f"prompts.images: {len(missing)} of {len(paths)} pictures are missing in"
-            f" {settings.images}: {listed(missing, 5)}"
+            f" {settings.images or settings.path}: {listed(missing, 5)}"
         )
 
 

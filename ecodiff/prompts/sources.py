@@ -211,8 +211,45 @@ def _shuffled(captioned: list[tuple[str, str]], settings: PromptSet) -> Pairs:
     return [(captioned[i][1], str(folder / captioned[i][0])) for i in order]
 
 
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+
+
+def _folder(settings: PromptSet, counts: Counter[str]) -> Pairs:
+    """The pictures of a folder with their captions, by name: from `metadata.csv` (or tsv, jsonl,
+    parquet; columns `file_name` and `column`), or each from the txt file beside its picture."""
+    folder = Path(str(settings.path))
+    lists = (folder / f"metadata{suffix}" for suffix in FORMATS if suffix != ".txt")
+    metadata = next((path for path in lists if path.is_file()), None)
+    if metadata:
+        values = FORMATS[metadata.suffix]
+        names, texts = (
+            [_text(value, f"{metadata}, {where}") for where, value in values(metadata, column)]
+            for column in ("file_name", settings.column)
+        )
+        captions = {str(folder / name): text for name, text in zip(names, texts, strict=True)}
+    else:
+        captions = _captions_beside(folder)
+    counts["pictures with blank captions left out"] = sum(not text for text in captions.values())
+    return [(text, path) for path, text in sorted(captions.items()) if text]
+
+
+def _captions_beside(folder: Path) -> dict[str, str]:
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
+    if not found:
+        raise UserError(f"prompts.path: {folder} is no folder of pictures ({', '.join(PICTURES)})")
+    without = [path.name for path in found if not path.with_suffix(".txt").is_file()]
+    if without:
+        raise UserError(
+            f"prompts.path: {len(without)} of {len(found)} pictures in {folder} have no caption:"
+            f" {listed(without, 5)}; it is in a .txt file of the same name, or all are in a"
+            " metadata.csv, tsv, jsonl or parquet with a column file_name"
+        )
+    return {str(path): read_text(path.with_suffix(".txt")).strip() for path in found}
+
+
 READERS: dict[str, Callable[[PromptSet, Counter[str]], Pairs]] = {
     "file": _file,
+    "folder": _folder,
     "coco": _coco,
     "flickr30k": _flickr30k,
     "gcc": _gcc,

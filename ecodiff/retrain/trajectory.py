@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
@@ -24,17 +25,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten, treespec_dumps, treespec_loads
 
-from ecodiff.models.families import Call
+from ecodiff.models.families import Call, size
 from ecodiff.models.identity import same_denoiser
 from ecodiff.models.pipelines import (
     check_dense,
     check_fingerprint,
     encode,
+    encode_pictures,
     fingerprint,
     starting_noise,
 )
 from ecodiff.models.structures import denoiser_of
-from ecodiff.runtime.errors import UserError
+from ecodiff.runtime.errors import UserError, listed
+from ecodiff.runtime.pictures import read_picture
 from ecodiff.trajectory.rollout import DenseStep, dense_steps
 
 log = logging.getLogger(__name__)
@@ -48,6 +51,7 @@ def record(
     batch: int,
     folder: Path,
     leader: DiffusionPipeline | None = None,
+    pictures: Sequence[str] | None = None,
 ) -> None:
     """Record the dense model on prompts: a file of `folder` a batch.
 
@@ -59,12 +63,15 @@ def record(
         folder: where to write `00000.safetensors` and so on.
         leader: a pipeline pruned from it, at whose own latents the dense one is asked; None: at
             those of the dense one.
+        pictures: files, one a prompt, at whose noised latents it is asked instead.
 
     Raises:
-        UserError: the leader was pruned from another model.
+        UserError: the leader was pruned from another model, or pictures are unreadable.
     """
     if leader is not None:
         check_dense(leader, pipe)
+    if pictures is not None:
+        _check_readable(pictures)
     origin = {"fingerprint": fingerprint(pipe), "call": dict(call)}
     count = -(-len(prompts) // batch)
     for number in range(count):
@@ -72,9 +79,30 @@ def record(
         with torch.inference_mode():
             embeds = encode(pipe, list(prompts[rows]), call)
             noise = starting_noise(pipe, list(seeds[rows]), call)
-            steps = dense_steps(pipe, embeds, noise, call, leader and denoiser_of(leader))
+            z0 = None if pictures is None else _latents(pipe, pictures[rows], call)
+            steps = dense_steps(pipe, embeds, noise, call, leader and denoiser_of(leader), z0)
         _write(folder / f"{number:05d}.safetensors", steps, {**origin, "prompts": prompts[rows]})
         log.info("trajectory: batch %s of %s", number + 1, count)
+
+
+def _check_readable(pictures: Sequence[str]) -> None:
+    """Before anything is drawn: UserError that counts the files that are no whole pictures."""
+    errors, unreadable = [], []
+    for path in pictures:
+        try:
+            read_picture(path)
+        except UserError as error:
+            errors.append(str(error))
+            unreadable.append(Path(path).name)
+    if errors:
+        count = f"{len(errors)} of {len(pictures)} pictures cannot be read"
+        raise UserError(f"{count}: {listed(unreadable, 5)}; the first one: {errors[0]}")
+
+
+def _latents(pipe: DiffusionPipeline, pictures: Sequence[str], call: Call) -> Tensor:
+    height, width = size(pipe, call)
+    found = [np.asarray(read_picture(path, (width, height))) for path in pictures]
+    return encode_pictures(pipe, np.stack(found))
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ class Diffusion:
 
     def noised(self, z0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """The noised latents at `timesteps` (n,), shaped as z0 and noise (n, ...)."""
-        return self.scheduler.add_noise(z0, noise, timesteps)
+        return self.scheduler.add_noise(z0, noise, timesteps.round().long())
 
     def target(self, z0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """The prediction that is wanted at `timesteps` (n,): noise, v or z0; shaped as z0."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from ecodiff.models.libraries import without_compiling
 from ecodiff.models.pipelines import call_arguments, quiet
 from ecodiff.models.structures import denoiser_of
 from ecodiff.runtime.errors import UserError
+from ecodiff.trajectory.denoising_loss import objective
 
 # Denoisers are in eval mode and draw no random numbers, so the RNG state need not be restored for
 # the recomputation.
@@ -108,6 +110,7 @@ def dense_steps(
     noise: Tensor,
     call: Call,
     leader: nn.Module | None = None,
+    z0: Tensor | None = None,
 ) -> list[DenseStep]:
     """Record all calls of the denoiser from noise to z0, in order, without gradients.
 
@@ -119,11 +122,21 @@ def dense_steps(
         leader: a pruned denoiser whose predictions lead from one latent to the next: the inputs are
             those that it meets, the predictions still those of the pipeline's denoiser. None: the
             pipeline's denoiser leads.
+        z0: latents (n, ...) of pictures; the denoiser reads them, noised with `noise` as far as
+            each step expects, instead of the loop's latents.
+
+    Raises:
+        UserError: with `z0`: the denoiser's latents are no tensor of their shape, or the scheduler
+            can't noise.
     """
-    forward = denoiser_of(pipe).forward
+    forward, runs = denoiser_of(pipe).forward, runs_per_step(pipe, embeds)
     steps: list[DenseStep] = []
 
     def record(*args: Any, **kwargs: Any) -> Any:
+        if z0 is not None:
+            timestep = pipe.scheduler.timesteps[len(steps) // runs].repeat(len(z0)).cpu()
+            noised = objective(pipe.scheduler).noised(z0, noise, timestep)
+            args, kwargs = _with_latents(forward, args, kwargs, noised)
         output = forward(*args, **kwargs)
         steps.append(DenseStep(args, kwargs, prediction_of(output)))
         return output if leader is None else leader(*args, **kwargs)
@@ -131,6 +144,19 @@ def dense_steps(
     with quiet(pipe), replaced_forward(denoiser_of(pipe), record):
         pipe(**call_arguments(pipe, embeds, noise, call))
     return steps
+
+
+def _with_latents(
+    forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], latents: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A denoiser's arguments with other latents, which are its first one; both branches of guidance
+    that pass together get them."""
+    name = next(iter(inspect.signature(forward).parameters))
+    old = args[0] if args else kwargs[name]
+    if not isinstance(old, Tensor) or old.shape[1:] != latents.shape[1:]:
+        raise UserError("retrain: states: pictures: this denoiser does not read latents alone")
+    new = latents.repeat(len(old) // len(latents), *[1] * (old.ndim - 1)).to(old)
+    return ((new, *args[1:]), kwargs) if args else ((), {**kwargs, name: new})
 
 
 def _repeatable(forward: Callable[..., Any], number: int) -> Callable[..., Any]:

@@ -4,13 +4,14 @@ rule trajectory:
         model=of(plan.dense_files),
         prompts="<results>/prompts/{set}.parquet",
     output:
-        directory("<results>/{model}/trajectories/{set}-{batch}/{shard}"),
+        directory("<results>/{model}/trajectories/{set}-{batch}{at}/{shard}"),
     log:
-        "<logs>/{model}/trajectory/{set}-{batch}-{shard}.log",
+        "<logs>/{model}/trajectory/{set}-{batch}{at}-{shard}.log",
     benchmark:
-        "<benchmarks>/{model}/trajectory/{set}-{batch}-{shard}.tsv"
+        "<benchmarks>/{model}/trajectory/{set}-{batch}{at}-{shard}.tsv"
     wildcard_constraints:
         batch=r"\d+",
+        at="(-pictures)?",
     priority: 1
     conda:
         "../../environment.yml"
@@ -26,11 +27,13 @@ rule trajectory:
         call=settings("models/{model}/call"),
         shard_size=settings("generate/shard_size"),
         leader=each("--leader", "leader"),
+        pictures=lambda wildcards: ["--pictures"] if wildcards.get("at") else [],
         code=code_hash("retrain.trajectory"),
     shell:
         "ecodiff trajectory {params.source:q} {input.prompts:q} {output:q}"
         " --config {params.config:q} --model {wildcards.model} --batch-size {wildcards.batch}"
-        " --shard {wildcards.shard} --shard-size {params.shard_size} {params.leader:q} > {log:q} 2>&1"
+        " --shard {wildcards.shard} --shard-size {params.shard_size} {params.leader:q} {params.pictures:q}"
+        " > {log:q} 2>&1"
 
 
 # What it predicts where a pruned model gets to by itself.
