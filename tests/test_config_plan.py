@@ -92,12 +92,26 @@ def test_a_retrained_variant_starts_from_its_pruned_one():
 
 
 def test_retraining_may_have_prompts_of_its_own():
-    lora = {"prompts": "evaluation", "batch": 2}
+    lora = {"prompts": "evaluation", "batch": 2, "states": "dense"}
     plan = planned(retrain={"lora": lora}, allow_overlap=True, generate={"shard_size": 4})
     folder = "results/small/a/trajectories"
     shards = [f"{folder}/evaluation-2/{shard}" for shard in range(3)]
     assert plan.trajectories("a", "ecodiff-20-comp-lora") == shards
-    assert planned().trajectories("a", "ecodiff-20-comp-lora") == [f"{folder}/calibration-2/0"]
+    lora = {"batch": 2, "states": "dense"}
+    plan = planned(retrain={"lora": lora})
+    assert plan.trajectories("a", "ecodiff-20-comp-lora") == [f"{folder}/calibration-2/0"]
+
+
+def test_retraining_is_at_the_states_that_the_recipe_names():
+    found = {}
+    for states in ("dense", "both", "pictures"):
+        plan = planned(retrain={"lora": {"batch": 2, "states": states}})
+        found[states] = plan.trajectories("a", "ecodiff-20-comp-lora")
+    dense = "results/small/a/trajectories/calibration-2"
+    own = "results/small/a/ecodiff-20-comp/trajectories/calibration-2"
+    assert found["dense"] == [f"{dense}/0"]
+    assert found["both"] == [f"{dense}/0", f"{own}/0"]
+    assert found["pictures"] == [f"{dense}-pictures/0"]
 
 
 def test_the_last_shard_may_be_smaller():

@@ -213,6 +213,7 @@ def test_a_retrained_variant_brings_its_pruned_one(place, tmp_path):
     variants = [{"method": "random", "sparsities": [0.1], "retrain": "light"}]
     counts, _ = planned(place, write_config(tmp_path, variants=variants))
     assert counts["prune"] == counts["trajectory"] == counts["retrain"] == 2
+    assert counts["own_trajectory"] == 2
     assert counts["generate"] == 4
 
 

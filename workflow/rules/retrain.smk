@@ -48,6 +48,9 @@ use rule trajectory as own_trajectory with:
         "<logs>/{model}/own_trajectory/{variant}-{set}-{batch}-{shard}.log",
     benchmark:
         "<benchmarks>/{model}/own_trajectory/{variant}-{set}-{batch}-{shard}.tsv"
+    wildcard_constraints:
+        batch=r"\d+",
+        variant=one_of(variant.pruned.name for _, variant in plan.pruned),
 
 
 rule retrain:
