@@ -217,6 +217,17 @@ def test_a_retrained_variant_brings_its_pruned_one(place, tmp_path):
     assert counts["generate"] == 4
 
 
+def test_the_dense_model_answers_where_a_pruned_one_leads(place, tmp_path):
+    variants = [{"method": "random", "sparsities": [0.1], "retrain": "light"}]
+    config = write_config(tmp_path, variants=variants)
+    _, text = planned(place, config, "all", "--printshellcmds")
+    found = re.findall(r"ecodiff trajectory (\S+) .*--leader (\S+)", text)
+    assert sorted(found) == [
+        (f"resources/toys/{model}", f"results/demo/{model}/random-10/model")
+        for model in ("toy-flux", "toy-sdxl")
+    ]
+
+
 def test_what_is_not_measured_is_not_planned(place, tmp_path):
     config = yaml.safe_load((ROOT / "config/config.yaml").read_text())
     evaluate = {**config["evaluate"], "efficiency": None, "mask_cost": None}

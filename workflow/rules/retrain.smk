@@ -22,7 +22,7 @@ rule trajectory:
         runtime=resource("runtime"),
     params:
         config=CONFIG,
-        source=of(plan.source),
+        source=of(plan.source_of_dense),
         load=settings("models/{model}/load"),
         call=settings("models/{model}/call"),
         shard_size=settings("generate/shard_size"),
