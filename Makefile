@@ -10,15 +10,20 @@ export UV_LINK_MODE ?= copy
 # What users install: the core, or with the extra of a stage.
 INSTALLS := . .[evaluate] .[report] .[retrain] .[workflow]
 
-.PHONY: demo test test-install bench lint lock schema install clean
+.PHONY: demo test test-slurm test-install bench lint lock schema install clean
 
 demo: install
 	$(BIN)/snakemake --cores $(CORES) $(if $(PROFILE),--workflow-profile $(PROFILE))
 
 # A thread a worker: threads of several workers would wait for each other on the same cores.
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "slow or not slow" -n $(CORES) --dist loadfile \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slurm" -n $(CORES) --dist loadfile \
 		--no-loadscope-reorder --durations=15
+
+# The workflow through a SLURM of one node with a fake GPU, which comes and goes with the tests; needs
+# root on Debian, and takes up to ten minutes.
+test-slurm: install
+	$(BIN)/python -m pytest -q -s -x -m slurm tests/test_slurm.py
 
 # Each as a user gets it: a fresh environment, the package built, the versions of the lock.
 # What an earlier build left would be packaged too.
