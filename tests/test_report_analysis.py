@@ -30,6 +30,7 @@ def closed():
         ("single_transformer_blocks.3.attn.heads", "attention, single stream"),
         ("single_transformer_blocks.3.neurons", "feed-forward, single stream"),
         ("norm_out.modulation", "modulation"),
+        ("norm_out.linear.directions", "directions of modulation"),
     ],
 )
 def test_a_structure_belongs_to_a_part(name: str, part: str) -> None:

@@ -28,6 +28,7 @@ PARTS = {
     r"context\.neurons": "feed-forward of the text",
     r"neurons": "feed-forward",
     r"modulation": "modulation",
+    r"directions": "directions of modulation",
 }
 
 
