@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from ecodiff.models.calls import log_cut_prompts, why_not_finite
 from ecodiff.models.identity import LATENTS, Origin
@@ -20,7 +21,10 @@ from ecodiff.models.pipelines import (
     starting_noise,
 )
 from ecodiff.runtime.artifacts import atomic
+from ecodiff.runtime.code import code_hash
 from ecodiff.runtime.errors import UserError
+from ecodiff.runtime.parts import Parts, link_or_copy
+from ecodiff.runtime.state import unfinished
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,7 +44,7 @@ def generate(
     the table, and text is padded to a fixed length. Writes `{index:05d}.png` and
     `latents.safetensors` (`index` int64 (n,), `z0` float32 (n, *latent) in the layout of the
     pipeline; in its metadata an `identity.Origin`) to `folder`, which is written whole or not at
-    all.
+    all. A shard that was stopped or killed goes on after its last whole batch.
 
     Args:
         pipe: the dense or a pruned pipeline.
@@ -64,27 +68,39 @@ def generate(
         prompts=prompts["prompt"].tolist(),
         seeds=prompts["seed"].tolist(),
     )
-    latents = []
     log_cut_prompts(pipe, prompts["prompt"].tolist(), call)
+    kind = {"code": code_hash("generate"), "batch": batch_size, "rows": numbers}
+    kind |= {"dtype": str(pipe.dtype), "device": pipe.device.type}
+    parts = Parts(unfinished(folder), {**kind, **asdict(origin)})
+    for start in range(0, len(prompts), batch_size):
+        with parts.make(start) as part:
+            if part is not None:
+                _draw(pipe, prompts.iloc[start : start + batch_size], call, part)
     with atomic(folder, folder=True) as scratch:
-        for start in range(0, len(prompts), batch_size):
-            rows = prompts.iloc[start : start + batch_size]
-            with torch.inference_mode():
-                embeds = encode(pipe, rows["prompt"].tolist(), call)
-                noise = starting_noise(pipe, rows["seed"].tolist(), call)
-                z0 = denoise(pipe, embeds, noise, call)
-                latents.append(z0.float().cpu())
-                finite = latents[-1].flatten(1).isfinite().all(1)
-                _refuse(pipe, "latents", rows["index"][~finite.numpy()])
-                try:
-                    images = decode(pipe, z0, call)
-                except FloatingPointError as error:
-                    _refuse(pipe, "pictures", rows["index"].iloc[error.args[0]])
-                    raise
-            for index, image in zip(rows["index"], images, strict=True):
-                Image.fromarray(image).save(scratch / f"{index:05d}.png")
+        for file in parts.files("*.png"):
+            link_or_copy(file, scratch / file.name)
+        latents = [load_file(file)["z0"] for file in parts.files(LATENTS)]
         tensors = {"index": torch.tensor(numbers, dtype=torch.int64), "z0": torch.cat(latents)}
         save_file(tensors, scratch / LATENTS, metadata=origin.metadata())
+    parts.discard()
+
+
+def _draw(pipe: DiffusionPipeline, rows: pd.DataFrame, call: dict[str, Any], folder: Path) -> None:
+    """Pictures and final latents of one batch."""
+    with torch.inference_mode():
+        embeds = encode(pipe, rows["prompt"].tolist(), call)
+        noise = starting_noise(pipe, rows["seed"].tolist(), call)
+        z0 = denoise(pipe, embeds, noise, call)
+        latents = z0.float().cpu()
+        _refuse(pipe, "latents", rows["index"][~latents.flatten(1).isfinite().all(1).numpy()])
+        try:
+            images = decode(pipe, z0, call)
+        except FloatingPointError as error:
+            _refuse(pipe, "pictures", rows["index"].iloc[error.args[0]])
+            raise
+    for index, image in zip(rows["index"], images, strict=True):
+        Image.fromarray(image).save(folder / f"{index:05d}.png")
+    save_file({"z0": latents.contiguous()}, folder / LATENTS)
 
 
 def _refuse(pipe: DiffusionPipeline, what: str, bad: pd.Series) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ from ecodiff.models.identity import read_origin
 from ecodiff.models.pipelines import fingerprint
 from ecodiff.models.structures import discover
 from ecodiff.runtime.errors import UserError
+
+generation = import_module("ecodiff.generate")  # the module, not its function
 
 
 def prompts(first: int, count: int) -> pd.DataFrame:
@@ -100,3 +103,56 @@ def test_a_shard_says_what_it_was_made_of(tmp_path: Path) -> None:
     assert (index, origin.prompts, origin.seeds) == ([3, 4], [*rows["prompt"]], [103, 104])
     assert (origin.dense, origin.call) == (dense, CALLS["flux"])
     assert origin.model == fingerprint(pipe) != dense
+
+
+class Killed(BaseException):
+    """As a process ends that is killed: nothing catches it."""
+
+
+def test_a_killed_shard_goes_on_after_its_last_whole_batch(tmp_path: Path, monkeypatch) -> None:
+    pipe, rows, call = tiny("flux"), prompts(0, 5), CALLS["flux"]
+    generate(pipe, rows, call, 2, tmp_path / "whole")
+    drawn, decode = [], generation.decode
+
+    def counted(pipe, z0, call):
+        drawn.append(len(z0))
+        if len(drawn) == 2:
+            raise Killed
+        return decode(pipe, z0, call)
+
+    monkeypatch.setattr(generation, "decode", counted)
+    with pytest.raises(Killed):
+        generate(pipe, rows, call, 2, tmp_path / "shard")
+    assert not (tmp_path / "shard").exists()
+    generate(pipe, rows, call, 2, tmp_path / "shard")
+    assert drawn == [2, 2, 2, 1]  # the second batch again, and the third; not the first
+    names = [file.name for file in sorted((tmp_path / "whole").iterdir())]
+    assert [file.name for file in sorted((tmp_path / "shard").iterdir())] == names
+    for name in names:
+        assert (tmp_path / "shard" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["shard", "whole"]
+
+
+@pytest.mark.parametrize("change", ["call", "prompts", "batch"])
+def test_parts_of_another_shard_are_not_taken(tmp_path: Path, monkeypatch, change: str) -> None:
+    pipe, rows, call, batch = tiny("flux"), prompts(0, 4), dict(CALLS["flux"]), 2
+    save_file = generation.save_file
+
+    def killed_at_the_end(tensors, path, metadata=None):
+        if metadata is not None:
+            raise Killed
+        save_file(tensors, path)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(generation, "save_file", killed_at_the_end)
+        generate(pipe, rows, call, batch, tmp_path / "shard")
+    if change == "call":
+        call["num_inference_steps"] += 1
+    elif change == "prompts":
+        rows["seed"] += 1
+    else:
+        batch = 1
+    drawn, decode = [], generation.decode
+    monkeypatch.setattr(generation, "decode", lambda p, z, c: drawn.append(1) or decode(p, z, c))
+    generate(pipe, rows, call, batch, tmp_path / "shard")
+    assert len(drawn) == 4 // batch

@@ -1,5 +1,4 @@
 import errno
-import json
 import os
 import subprocess
 import sys
@@ -15,11 +14,11 @@ from ecodiff.runtime.artifacts import (
     atomic,
     check_output,
     write_json,
-    write_manifest,
     write_text,
 )
-from ecodiff.runtime.code import code_hash
 from ecodiff.runtime.errors import UserError
+from ecodiff.runtime.locks import claim_of
+from ecodiff.runtime.provenance import begin
 
 
 def write_folder(folder, name, text=""):
@@ -63,6 +62,18 @@ def test_a_folder_of_someone_else_is_never_replaced(tmp_path):
     with pytest.raises(UserError, match="not written by ecodiff"):
         write_folder(thesis(tmp_path / "f"), "new")
     assert [path.name for path in (tmp_path / "f").iterdir()] == ["thesis"]
+
+
+def test_nor_is_one_of_ours_that_someone_has_put_a_file_into(tmp_path):
+    write_folder(tmp_path / "f", "ours")
+    write_folder(tmp_path / "f", "ours")
+    (tmp_path / "f/.snakemake_timestamp").touch()
+    write_folder(tmp_path / "f", "ours")
+    thesis(tmp_path / "f/deep")
+    with pytest.raises(UserError, match=r"holds deep/thesis, which ecodiff did not write"):
+        write_folder(tmp_path / "f", "new")
+    assert (tmp_path / "f/deep/thesis").read_text() == "years"
+    assert (tmp_path / "f/ours").exists()
 
 
 def test_nor_is_one_that_came_during_the_work(tmp_path):
@@ -192,7 +203,7 @@ def test_a_check_leaves_nothing(tmp_path):
 
 def made(path, stage="mask"):
     write_text(path, "ours")
-    write_manifest(path, stage, {})
+    begin(stage, []).write_manifest(path, {})
     return path
 
 
@@ -203,6 +214,16 @@ def test_a_command_replaces_what_its_stage_wrote_and_no_other_file(tmp_path):
         check_output(tmp_path / "b", "mask")
     with pytest.raises(UserError, match="by the stage calibrate"):
         check_output(made(tmp_path / "c", "calibrate"), "mask")
+
+
+def test_what_was_written_just_before_a_kill_is_known_without_its_manifest(tmp_path):
+    write_text(tmp_path / "a", "ours")
+    with pytest.raises(UserError, match="not written by ecodiff"):
+        check_output(tmp_path / "a", "mask")
+    claim_of(tmp_path / "a").write_text('{"stage": "mask"}')
+    check_output(tmp_path / "a", "mask")
+    with pytest.raises(UserError, match="by the stage mask"):
+        check_output(tmp_path / "a", "prune")
 
 
 def test_a_manifest_of_someone_elses_is_not_written_over(tmp_path):
@@ -238,17 +259,6 @@ def test_what_is_no_json_is_never_written(tmp_path, value):
     with pytest.raises(ValueError, match="JSON"):
         write_json(tmp_path / "a.json", {"a": value})
     assert not list(tmp_path.iterdir())
-
-
-def test_a_manifest_says_how_an_output_came_about(tmp_path):
-    write_text(tmp_path / "out.csv", "")
-    write_manifest(tmp_path / "out.csv", "prompts", {"seed": 7})
-    manifest = json.loads((tmp_path / "out.csv.manifest.json").read_text())
-    assert manifest["stage"] == "prompts"
-    assert manifest["settings"] == {"seed": 7}
-    assert manifest["code"]["hash"] == code_hash("prompts")
-    assert {"python", "torch", "diffusers"} <= manifest["versions"].keys()
-    assert manifest["device"] and manifest["written"]
 
 
 def test_importing_artifacts_needs_no_torch():

@@ -90,7 +90,7 @@ def test_a_lease_is_free_to_all_users(tmp_path, monkeypatch):
     finally:
         os.umask(before)
     assert (tmp_path / "ecodiff-x.lock").stat().st_mode & 0o444 == 0o444
-    devices.os.close(devices._leases.pop())
+    os.close(devices._leases.pop())
     opened = os.open
 
     def as_another(path, flags, *mode):
@@ -99,5 +99,5 @@ def test_a_lease_is_free_to_all_users(tmp_path, monkeypatch):
             raise PermissionError(13, "Permission denied")
         return opened(path, flags, *mode)
 
-    monkeypatch.setattr(devices.os, "open", as_another)
+    monkeypatch.setattr(os, "open", as_another)
     assert devices._lease("x", tmp_path)

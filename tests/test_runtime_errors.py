@@ -85,6 +85,12 @@ def test_what_our_own_code_raises_is_a_fault_of_ours(error):
     assert explained(raised(fail, error), "mask") is None
 
 
+def test_a_number_that_is_none_in_our_own_notes_is_a_fault_of_ours():
+    error = raised(lambda: json.dumps({"a": float("nan")}, indent=2, allow_nan=False))
+    assert explained(error, "mask") is None
+    assert explained(raised(json.loads, "{"), "mask")[1] == 2
+
+
 def test_a_fault_of_ours_is_traced_in_a_log_and_its_line_is_the_last(capsys):
     assert tell(raised(fail, TypeError("a\nb")), "mask", debug=False) == 1
     lines = capsys.readouterr().err.splitlines()

@@ -32,6 +32,7 @@ for verb in (
     stages.trajectory,
     stages.retrain,
     stages.generate,
+    report.explain,
 ):
     app.command()(verb)
 app.add_typer(evaluate.app, name="evaluate")

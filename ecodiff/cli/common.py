@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,8 +15,10 @@ import typer
 from ecodiff.config.reading import read_settings
 from ecodiff.config.run import Config, load_config
 from ecodiff.config.sections import CallSettings, LoadSettings, Settings
-from ecodiff.runtime.artifacts import check_output, manifest_of, write_manifest
+from ecodiff.runtime.artifacts import check_output, manifest_of
 from ecodiff.runtime.errors import UserError
+from ecodiff.runtime.locks import claimed
+from ecodiff.runtime.provenance import begin
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -122,26 +125,32 @@ def job(
     bytes_needed: int = 0,
     **details: Any,
 ) -> Iterator[dict[str, Any]]:
-    """Around the work of a verb: it may write its outputs, and in the end each has a manifest.
+    """Around the work of a verb: it may write its outputs, no other process makes them meanwhile,
+    and in the end each has a manifest.
 
     Args:
         stage: the module that does the work.
         files, folders: what it writes.
         reads: files, folders and names of models that it reads; None is skipped.
         bytes_needed: about how much it writes.
-        details: what the manifest says of inputs and settings; more can be put into what is given.
+        details: what the manifest says of settings; more can be put into what is given.
 
     Raises:
-        UserError, OSError: of `check_output`, before any work.
+        UserError, OSError: of `check_output` and `claimed`, before any work.
     """
     outputs = [*files, *folders]
     for out in outputs:
         others = [other for other in outputs if other is not out]
         others += [*map(manifest_of, outputs), *reads]
         check_output(out, stage, folder=out in folders, others=others, bytes_needed=bytes_needed)
-    yield details
-    for out in outputs:
-        write_manifest(out, stage, details)
+    with ExitStack() as claims:
+        if os.environ.get("RANK", "0") == "0":  # of several processes, the first one writes
+            for out in outputs:
+                claims.enter_context(claimed(out, stage))
+        begun = begin(stage, filter(None, reads))
+        yield details
+        for out in outputs:
+            begun.write_manifest(out, details)
 
 
 def weight_bytes(model: str) -> int:

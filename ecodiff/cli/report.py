@@ -9,6 +9,7 @@ import typer
 
 from ecodiff.cli.common import Run
 from ecodiff.config.run import Config, load_config
+from ecodiff.runtime.provenance import begin
 
 if TYPE_CHECKING:
     from ecodiff.report.results import Results
@@ -24,9 +25,12 @@ def tables(run: Run) -> None:
 
     config, results = _results(run)
     published, table = config.report.published, main_table(results)
-    notes = how_measured(config.evaluate)
-    write_tables(table, run / "tables", Path(published) if published else None, notes)
+    notes, settings = how_measured(config.evaluate), config.report.model_dump()
+    begun = begin("report.tables", [*made_of(config, run), *filter(None, [published])])
+    mark = begun.id(settings)
+    write_tables(table, run / "tables", Path(published) if published else None, notes, mark)
     write_ranking(table, run / "tables", notes)
+    begun.write_manifest(run / "tables", settings)
 
 
 @app.command()
@@ -37,10 +41,12 @@ def figures(
     """Draw figures of each model as png and pdf to <run>/figures."""
     from ecodiff.report.figures import FIGURES, draw
 
-    _, results = _results(run)
+    config, results = _results(run)
+    begun = begin("report.figures", made_of(config, run))
     for name in only or FIGURES:
         for model in results.variants:
             draw(name, results, model, run / "figures")
+    begun.write_manifest(run / "figures", config.report.model_dump())
 
 
 @app.command()
@@ -48,7 +54,11 @@ def ablations(run: Run) -> None:
     """Write table and figure of what each setting of mask learning does."""
     from ecodiff.report.ablations import ablation_table, write_ablations
 
-    write_ablations(ablation_table(load_config(run / "config.yaml"), run), run)
+    config = load_config(run / "config.yaml")
+    begun = begin("report.ablations", sorted(run.glob("*/ablations/mask_error.csv")))
+    write_ablations(ablation_table(config, run), run)
+    for out in (run / "tables/ablations.csv", run / "figures/ablations.png"):
+        begun.write_manifest(out, config.report.model_dump())
 
 
 @app.command()
@@ -57,6 +67,27 @@ def show(run: Run) -> None:
     from ecodiff.report.tables import main_table, print_table
 
     print_table(main_table(_results(run)[1]))
+
+
+def explain(
+    file: Annotated[Path, typer.Argument(help="A result: a table, a picture, a mask, a model ...")],
+) -> None:
+    """Print where a result comes from, step by step, back to the prompts and models."""
+    from ecodiff.runtime.provenance import explain
+
+    print("\n".join(explain(file)))
+
+
+def made_of(config: Config, run: Path) -> list[Path]:
+    """What the report of a run reads of it, as far as it is there."""
+    found = []
+    for model in config.models:
+        variants = config.variants_of(model)
+        found += [run / model / file for file in ("quality.json", "efficiency.json")]
+        found += [run / model / "mask_cost.csv"]
+        found += [run / model / variant.name / "quality.json" for variant in variants]
+        found += [run / model / name / "model" for name in {v.pruned.name for v in variants}]
+    return sorted(path for path in found if path.exists())
 
 
 def _results(run: Path) -> tuple[Config, Results]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ecodiff.calibrate import Calibration
 from ecodiff.config.sections import MaskSettings
 from ecodiff.mask.objective import Budget, Objective, Penalty, distortion, expected_sparsity
-from ecodiff.mask.select import limits_of, matching, select
+from ecodiff.mask.select import limits_of, select
 from ecodiff.mask.sensitivity import closed_means, costs_of_share, first_logits, sensitivity
 from ecodiff.models.structures import (
     Structure,
@@ -72,8 +72,6 @@ class Learner:
                 f" repeat; at most {count // self.workers.count} a process"
             )
         structures = discover(self.denoiser, settings.modulation)
-        whole = {name for pattern in settings.exclude for name in matching(structures, pattern)}
-        structures = [s for s in structures if s.name not in whole]
         self.total = count_parameters(self.denoiser)
         first = 0.0 if settings.first_logit == "sensitivity" else settings.first_logit
         means = closed_means(settings, self.calibration)
@@ -196,7 +194,7 @@ class Learner:
     def _to_remove(self) -> Tensor:
         """The units that the present logits would remove: bool (all units,), on the CPU."""
         logits = {name: value.detach() for name, value in self.gates.logits.items()}
-        limits = limits_of(self.settings) | {"exclude": ()}  # those have no gates
+        limits = limits_of(self.settings)
         kept = select(self.gates.structures, logits, self.sparsity, self.total, **limits)
         return ~torch.cat([*kept.values()])
 

@@ -79,7 +79,11 @@ def how_measured(settings: EvaluateSettings) -> str:
 
 
 def write_tables(
-    table: pd.DataFrame, folder: Path, published: Path | None = None, notes: str = ""
+    table: pd.DataFrame,
+    folder: Path,
+    published: Path | None = None,
+    notes: str = "",
+    mark: str = "",
 ) -> None:
     """Write `main.csv` (raw values), `main.md` and `main.tex` (rounded, with units).
 
@@ -88,12 +92,16 @@ def write_tables(
         folder: where to write.
         published: csv file of published results, shown below our table in `main.md`.
         notes: a paragraph below our table in `main.md`.
+        mark: the hash of all that the table was made of, which each file carries; "": none.
 
     Raises:
         UserError: the file of published results cannot be read.
     """
     shown = readable(table, _measured(table, COLUMNS))
     text = f"# Results\n\n{markdown(shown)}\n{notes}"
+    text += f"\nMade of {mark}; `ecodiff explain` tells of what.\n" if mark else ""
+    latex = f"% made of {mark}\n{_latex(shown)}" if mark else _latex(shown)
+    table = table.assign(made_of=mark) if mark else table
     if published is not None:
         try:
             theirs = pd.read_csv(StringIO(read_text(published)), dtype=str).fillna("-")
@@ -102,7 +110,7 @@ def write_tables(
         text += f"\n# Published results, for comparison\n\n{markdown(theirs)}"
     write_text(folder / "main.csv", table.to_csv(index=False))
     write_text(folder / "main.md", text)
-    write_text(folder / "main.tex", _latex(shown))
+    write_text(folder / "main.tex", latex)
 
 
 def readable(table: pd.DataFrame, columns: Sequence[Quantity]) -> pd.DataFrame:

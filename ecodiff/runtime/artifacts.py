@@ -1,4 +1,4 @@
-"""What every stage leaves behind: whole files or none, and how they came about.
+"""What every stage leaves behind: whole files or none.
 
 Imports no torch.
 """
@@ -9,23 +9,19 @@ import errno
 import fcntl
 import json
 import os
-import platform
 import shutil
-import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
 from glob import escape
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from ecodiff.runtime.code import code_hash, git_commit
 from ecodiff.runtime.errors import UserError, errno_of
+from ecodiff.runtime.locks import claimant
 
-LIBRARIES = ("ecodiff", "torch", "diffusers", "transformers", "peft", "open_clip_torch")
-MARKER = "ecodiff.json"  # lies in every folder that `atomic` writes
+MARKER = "ecodiff.json"  # lies in every folder that `atomic` writes, and lists what it wrote there
+SNAKEMAKES = ".snakemake_timestamp"  # which Snakemake puts into folders
 LOCK = "{}.lock"  # in the scratch folder of an output
 ELSEWHERE = "choose another place or remove it"
 
@@ -50,7 +46,6 @@ def check_output(
         OSError: the disk does not take it.
     """
     place = _real(out)
-    _check_place(place, folder)
     for other in map(_real, filter(None, others)):
         if place == other:
             raise UserError(f"{out}: is an input or another output too; choose another place")
@@ -59,6 +54,7 @@ def check_output(
             raise UserError(
                 f"{out}: {how} {other}, an input or another output; choose another place"
             )
+    _check_place(place, folder)
     writer = _writer(Path(out))
     if place.exists() and writer != stage and (writer or place.is_file()):
         by = f"was written by the stage {writer}" if writer else "was not written by ecodiff"
@@ -75,8 +71,9 @@ def check_output(
 def atomic(path: str | Path, folder: bool = False) -> Iterator[Path]:
     """A path to write a file at, or an empty folder to fill, that becomes `path` in the end.
 
-    A file at `path` is replaced, and so is a folder that this function wrote; on an error it stays
-    and nothing is left. Modes are those that the user's umask gives.
+    A file at `path` is replaced, and so is a folder that this function wrote, unless someone has
+    put a file into it since; on an error it stays and nothing is left. Modes are those that the
+    user's umask gives.
 
     Raises:
         UserError: something else is at `path`.
@@ -90,7 +87,8 @@ def atomic(path: str | Path, folder: bool = False) -> Iterator[Path]:
             new.mkdir()
         yield new
         if folder:
-            (new / MARKER).write_text('{"format": 1}\n')
+            names = sorted(_names(new))
+            (new / MARKER).write_text(json.dumps({"format": 1, "files": names}, indent=1) + "\n")
         _follow_umask(new, scratch.stat().st_mode & 0o666)
         _check_place(path, folder)  # hours may have passed
         if folder and path.exists():
@@ -113,8 +111,22 @@ def _check_place(path: Path, folder: bool) -> None:
         return
     if folder != path.is_dir() or not (path.is_dir() or path.is_file()):
         raise UserError(f"{path}: exists and is no {'folder' if folder else 'file'}; {ELSEWHERE}")
-    if folder and not (path / MARKER).is_file() and any(path.iterdir()):
+    if not folder or not any(path.iterdir()):
+        return
+    if not (path / MARKER).is_file():
         raise UserError(f"{path}: exists and was not written by ecodiff; {ELSEWHERE}")
+    try:
+        known = json.loads((path / MARKER).read_text()).get("files")
+    except (ValueError, AttributeError):
+        known = None
+    added = sorted(_names(path) - set(known) - {MARKER, SNAKEMAKES}) if known is not None else []
+    if added:
+        raise UserError(f"{path}: holds {added[0]}, which ecodiff did not write; move it away")
+
+
+def _names(folder: Path) -> set[str]:
+    """The files of a folder and of those in it."""
+    return {str(file.relative_to(folder)) for file in folder.rglob("*") if not file.is_dir()}
 
 
 def _follow_umask(new: Path, mode: int) -> None:
@@ -178,10 +190,13 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def _writer(output: Path) -> str | None:
-    """The stage that wrote an output, by the manifest beside it; None when there is none."""
+    """The stage that wrote an output, by the manifest beside it; None when there is none.
+
+    A stage that was killed before it wrote the manifest is known by its claim.
+    """
     path = manifest_of(output)
     if not path.exists():
-        return None
+        return claimant(output)
     try:
         return json.loads(path.read_text())["stage"]
     except (ValueError, KeyError, TypeError) as error:
@@ -202,43 +217,3 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, data: Any) -> None:
     """Writes indented JSON, whole or not at all; ValueError where a number is not finite."""
     write_text(path, json.dumps(data, indent=2, default=str, allow_nan=False) + "\n")
-
-
-def write_manifest(output: str | Path, stage: str, settings: Mapping[str, Any]) -> None:
-    """Writes `<output>.manifest.json`, which says how an output came about.
-
-    Args:
-        settings: whatever the stage was asked for: inputs, seeds, settings.
-    """
-    write_json(manifest_of(Path(output)), manifest(stage, settings))
-
-
-def manifest(stage: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The stage, its settings, the code (git commit and hash), libraries, device and time."""
-    return {
-        "stage": stage,
-        "settings": dict(settings),
-        "code": {"commit": git_commit(), "hash": code_hash(stage)},
-        "versions": {"python": platform.python_version(), **_versions()},
-        "device": _device(),
-        "written": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def _versions() -> dict[str, str]:
-    """Versions of the libraries that shape results, those that are installed."""
-    found = {}
-    for library in LIBRARIES:
-        try:
-            found[library] = version(library)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def _device() -> str:
-    """The GPU when a stage uses one, else the kind of processor."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
-        return torch.cuda.get_device_name()
-    return platform.processor() or platform.machine()

@@ -20,6 +20,10 @@ SHAPE_NO_RESULT = (
     "ecodiff.runtime.artifacts",
     "ecodiff.runtime.code",
     "ecodiff.runtime.errors",
+    "ecodiff.runtime.locks",
+    "ecodiff.runtime.parts",
+    "ecodiff.runtime.provenance",
+    "ecodiff.runtime.slurm",
 )
 
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import logging
-import os
 import re
 import tempfile
 import time
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -17,6 +14,7 @@ import psutil
 import torch
 
 from ecodiff.runtime.errors import UserError
+from ecodiff.runtime.locks import lock
 
 log = logging.getLogger(__name__)
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc, malloc.h
@@ -84,26 +82,10 @@ def _lease(name: str, folder: Path | None = None) -> bool:
     """Whether this process now holds the lock of a name, which all users of a machine share."""
     path = (folder or Path(tempfile.gettempdir())) / f"ecodiff-{name}.lock"
     try:
-        file = _opened(path)
-    except PermissionError as error:
-        raise UserError(f"{path}: is another user's and can't be read; remove it") from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(file)
+        file = lock(path)
+    except OSError as error:
+        raise UserError(f"{path}: is another user's and can't be locked; remove it") from error
+    if file is None:
         return False
     _leases.append(file)
     return True
-
-
-def _opened(path: Path) -> int:
-    """A file that anyone may have made, open for reading, which is enough to lock it."""
-    with suppress(FileNotFoundError):
-        return os.open(path, os.O_RDONLY)
-    before = os.umask(0)  # or a strict one would keep the others out
-    try:
-        return os.open(path, os.O_RDONLY | os.O_CREAT | os.O_EXCL, 0o644)
-    except FileExistsError:  # by now
-        return os.open(path, os.O_RDONLY)
-    finally:
-        os.umask(before)

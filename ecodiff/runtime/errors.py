@@ -142,7 +142,8 @@ def _sources(error: Exception) -> set[str]:
         type(error).__module__,
         *(frame.f_globals.get("__name__", "") for frame in frames[-1:]),
     ]
-    return {name.partition(".")[0] for name in names}
+    # What cannot be written as JSON is of our own making.
+    return {name.partition(".")[0] for name in names if name != "json.encoder"}
 
 
 def one_line(text: str) -> str:

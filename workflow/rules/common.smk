@@ -159,9 +159,7 @@ def begin():
 
     On a cluster, what a killed Snakemake left in the queue has to go first.
     """
-    name = getattr(
-        workflow.scheduler._executor, "run_uuid", None
-    )  # of the jobs that SLURM will get
+    name = getattr(workflow.scheduler._executor, "run_uuid", None)  # of all jobs, on SLURM
     if name is not None:
         file = Path(plan.results, "logs/slurm-name.txt")
         before = file.read_text() if file.exists() else ""

@@ -70,7 +70,7 @@ rule retrain:
         "../../environment.yml"
     threads: 1
     resources:
-        gpu=gpus(),
+        gpu=gpus(launched=True),
         mem_mb=resource("mem_mb"),
         runtime=resource("runtime"),
     params:
