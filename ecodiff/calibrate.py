@@ -83,11 +83,9 @@ class Calibration:
         return (self.batch(chunk, device) for chunk in _chunks(len(self.prompts), size))
 
     def first(self, count: int | None) -> Self:
-        """The same of the first prompts alone; None: all. `UserError` when there are fewer."""
-        if count in (None, len(self.prompts)):
+        """The same of the first prompts alone, or of all where there are no more; None: all."""
+        if count is None or count >= len(self.prompts):
             return self
-        if count > len(self.prompts):
-            raise UserError(f"mask.prompts: {count}, but the calibration has {len(self.prompts)}")
         return self.of(range(count))
 
     def of(self, rows: Sequence[int]) -> Self:

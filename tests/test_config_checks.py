@@ -82,7 +82,6 @@ def test_noise_of_neighbours_does_not_overlap():
     ("changes", "line"),
     [
         ({"mask": {"batch": 7}}, "mask.batch: 7 of 6 prompts"),
-        ({"mask": {"prompts": 7}}, "mask.prompts: 7 of 6 prompts"),
         ({"mask": {"prompts": 3, "batch": 4}}, "mask.batch: 4 of 3 prompts"),
         ({"mask": {"keep_steps": 5}}, "mask.keep_steps: 5 of 4 steps"),
         ({"retrain": {"lora": {"batch": 7}}}, "retrain.lora.batch: 7 of 6 prompts; two"),

@@ -218,10 +218,8 @@ def _amounts(config: Config) -> Iterator[Mistake]:
 
 
 def _mask_amounts(mask: MaskSettings, prompts: int, steps: int) -> Iterator[tuple[str, str]]:
-    used = prompts if mask.prompts is None else mask.prompts
-    if used > prompts:
-        yield "prompts", f"{used} of {prompts} prompts"
-    elif mask.batch > used:
+    used = prompts if mask.prompts is None else min(mask.prompts, prompts)
+    if mask.batch > used:
         yield "batch", f"{mask.batch} of {used} prompts"
     if isinstance(mask.keep_steps, int) and mask.keep_steps > steps:
         yield "keep_steps", f"{mask.keep_steps} of {steps} steps"

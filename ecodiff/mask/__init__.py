@@ -143,7 +143,7 @@ def score(
         seed: for `random` and `taylor`.
         calibration: what `calibrate` recorded of this model; needed by methods that look at it.
         settings: the `mask` section. Methods that learn read all of it; `sensitivity` reads batch,
-            prompts, seed, checkpoint and closed; the others batch and prompts.
+            prompts, seed, checkpoint, closed and modulation; the others batch.
         sparsity: target of the objective `budget`; needed by methods that learn with it.
 
     Returns:

@@ -46,9 +46,9 @@ class Request:
     scratch: Path | None = None
 
     def recorded(self) -> Calibration:
-        """The calibration, cut to the first `settings.prompts` prompts."""
+        """The calibration."""
         assert self.calibration is not None, "`scored` asks for it"
-        return self.calibration.first(self.settings.prompts)
+        return self.calibration
 
     def but(self, **settings: Any) -> Request:
         """A copy with some settings changed."""
@@ -108,7 +108,8 @@ def learned_a_step_at_a_time(
 def sensitivities(pipe: DiffusionPipeline, request: Request) -> Scores:
     """Sensitivity divided by the unit's share of the parameters, see `sensitivity.costs_of_share`;
     it is also where learning starts by default."""
-    calibration, settings = request.recorded(), request.settings
+    settings = request.settings
+    calibration = request.recorded().first(settings.prompts)
     found = sensitivity(
         pipe,
         calibration,
