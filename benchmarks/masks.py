@@ -137,6 +137,7 @@ def main() -> None:
         for units in ("channels", "rank")
         for name, weigh in MEANS.items()
         for count in (100, 25)
+        if units == "channels" or weigh is torch.rsqrt
     } | {
         (f"by rank, {name}", n + i * b, 3 * n + F[loss] * i * b): (learned, n, i, b, loss)
         for name, (n, i, b, loss) in LEARNED.items()

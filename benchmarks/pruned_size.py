@@ -18,11 +18,11 @@ from real_size import asked_for, built, call_of, show, texts_of
 
 import ecodiff
 from ecodiff.evaluate.memory import peak_memory, tensors_of
-from ecodiff.evaluate.timing import seconds
 from ecodiff.mask.scores import random
 from ecodiff.models.families import Call
 from ecodiff.models.pipelines import denoise, starting_noise
 from ecodiff.models.structures import count_parameters, denoiser_of, discover
+from ecodiff.runtime.timing import seconds
 
 VARIANTS = [(0.0, 1), (0.2, 1), (0.2, 64), (0.3, 1), (0.3, 64)]  # sparsity, align
 STEPS = 4

@@ -22,10 +22,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ecodiff.config.sections import MaskCostSettings
 from ecodiff.evaluate.mask_cost import mask_cost
-from ecodiff.evaluate.timing import seconds
 from ecodiff.models.families import Call
 from ecodiff.models.pipelines import call_arguments, starting_noise
 from ecodiff.models.structures import count_parameters, denoiser_of
+from ecodiff.runtime.timing import seconds
 
 CONFIGS = Path(__file__).parents[1] / "tests/configs"
 PROMPTS = 400  # 100 calibration prompts, four epochs

@@ -9,9 +9,9 @@ from tiny import CALLS, tiny, tiny_flux, tiny_sdxl
 
 from ecodiff import prune
 from ecodiff.config.sections import EfficiencySettings
-from ecodiff.evaluate import timing
 from ecodiff.evaluate.efficiency import efficiency
 from ecodiff.models.structures import denoiser_of, discover
+from ecodiff.runtime import timing
 
 ONCE = EfficiencySettings(repeats=1, warmup=0)
 PROMPT = (["a small red ring on navy"], [7])

@@ -4,9 +4,9 @@ import pytest
 from tiny import CALLS, tiny
 
 from ecodiff.config.sections import MaskCostSettings
-from ecodiff.evaluate import timing
 from ecodiff.evaluate.mask_cost import mask_cost
 from ecodiff.models.pipelines import encode, starting_noise
+from ecodiff.runtime import timing
 
 
 def cost_of(pipe, call, settings):

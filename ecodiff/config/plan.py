@@ -159,8 +159,9 @@ class Plan:
         return _aim(variant.method, variant.percent, _seed(variant))
 
     def mask_data(self, model: str, mask: str) -> list[str]:
-        """What a mask's method looks at."""
+        """What a mask's method looks at, or its budget: that of a call depends on the call."""
         looks = METHODS[Variant.parse(mask).method].looks_at == "calibration"
+        looks |= self.config.models[model].mask.budget in ("macs", "latency")
         return [self.calibration(model)] if looks else []
 
     def compensation(self, model: str, variant: str) -> dict[str, str]:

@@ -243,6 +243,9 @@ class MaskSettings(Settings):
     """What a closed gate replaces its unit's activation by. `mean`: its mean over the calibration
     set, where there is a bias to hold it after pruning. `zero`: 0, as in the paper; on the toys,
     errors were up to three quarters higher."""
+    budget: Literal["parameters", "macs", "memory", "latency"] = "parameters"
+    """What a sparsity is a share of, in the denoiser. `macs`: multiply-adds at the call's size.
+    `memory`: bytes of weights. `latency`: time on this device, measured (a minute)."""
     modulation: Literal["rank", "channels"] = "rank"
     """Units of linears that read the conditioning alone (AdaLN). `rank`: directions of their input,
     which leaves two linears of a low rank. It saves memory, not time. `channels`: output channels,

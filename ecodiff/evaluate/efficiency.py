@@ -12,11 +12,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ecodiff.config.sections import EfficiencySettings
-from ecodiff.evaluate import timing
 from ecodiff.evaluate.memory import MB, peak_memory, tensors_of
 from ecodiff.models.families import Call
 from ecodiff.models.pipelines import decode, denoise, encode, starting_noise
 from ecodiff.models.structures import count_parameters, denoiser_of
+from ecodiff.runtime import timing
 
 
 def efficiency(

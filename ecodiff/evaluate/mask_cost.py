@@ -12,10 +12,10 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from ecodiff.config.sections import MaskCostSettings
-from ecodiff.evaluate import timing
 from ecodiff.evaluate.memory import peak_memory, tensors_of
 from ecodiff.models.families import Call
 from ecodiff.models.structures import count_parameters, denoiser_of, discover
+from ecodiff.runtime import timing
 from ecodiff.trajectory.gates import Gates
 from ecodiff.trajectory.rollout import frozen, rollout
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self
@@ -21,22 +22,26 @@ from ecodiff.config.methods import METHODS
 from ecodiff.config.reading import read_settings
 from ecodiff.config.sections import MaskSettings
 from ecodiff.mask.methods import Request, Scores, scored
+from ecodiff.mask.prices import Prices, budgeted, prices_of
 from ecodiff.mask.select import check_scores, limits_of, removed_share, select
 from ecodiff.mask.sensitivity import closed_means
 from ecodiff.models.identity import OLD, same_denoiser
 from ecodiff.models.pipelines import check_fingerprint, fingerprint, name_of
 from ecodiff.models.pruned import Pruned
 from ecodiff.models.structures import (
-    Modulation,
+    Structure,
     count_parameters,
     denoiser_of,
     discover,
+    maskable_share,
     modulation_of,
 )
 from ecodiff.runtime.artifacts import atomic
 from ecodiff.runtime.errors import UserError
 from ecodiff.trajectory.directions import bases_of, tied, untied
 from ecodiff.trajectory.gates import Gates
+
+log = logging.getLogger(__name__)
 
 __all__ = ["Mask", "learn_mask", "make_mask", "score", "select"]
 
@@ -172,7 +177,7 @@ def make_mask(
     Args:
         pipe: the dense pipeline.
         method: a key of `config.methods.METHODS`.
-        sparsity: share of the denoiser's parameters to remove.
+        sparsity: share of the denoiser's parameters to remove, or of another budget.
         calibration: what `calibrate` recorded of this model; needed by methods that look at it.
         settings: the `mask` section: how to score, how to select (`scope`, `min_units`, `align`),
             and the seed.
@@ -186,18 +191,21 @@ def make_mask(
     """
     settings = read_settings(MaskSettings, settings)
     denoiser = denoiser_of(pipe)
-    if method in METHODS:  # `scored` says what there is
-        by_rank = METHODS[method].by_rank and settings.modulation == "rank"
-        _check_target(pipe, sparsity, settings, "rank" if by_rank else "channels")
+    _refuse_pruned(pipe)
     if calibration is not None:
         calibration.check(pipe)
-    request = Request(settings.seed, settings, calibration, sparsity, scratch)
+    by_rank = method in METHODS and METHODS[method].by_rank and settings.modulation == "rank"
+    structures = discover(pipe, "rank" if by_rank else "channels")
+    prices = prices_of(pipe, structures, settings.budget, calibration)
+    _check_target(pipe, sparsity, settings, structures, prices)
+    request = Request(settings.seed, settings, calibration, sparsity, scratch, prices)
     found, history = scored(pipe, method, request)
     info = {
         "model": denoiser.config.get("_name_or_path") or type(pipe).__name__,
         "method": method,
         "scored_for": sparsity,
         "settings": settings.model_dump(),
+        "prices": asdict(prices) if prices else None,
     }
     if calibration is not None:
         info |= {key: getattr(calibration, key) for key in ("call", "prompts", "seeds")}
@@ -238,7 +246,9 @@ def learn_mask(
         settings = {"batch": max(1, min(MaskSettings().batch, len(prompts))), **(settings or {})}
     settings = read_settings(MaskSettings, settings)
     seeds = list(range(len(prompts))) if seeds is None else list(seeds)
-    _check_target(pipe, sparsity, settings, settings.modulation)
+    _refuse_pruned(pipe)
+    if settings.budget == "parameters":  # others are known after the calibration
+        _check_target(pipe, sparsity, settings, discover(pipe, settings.modulation))
     calibration = calibrate(pipe, prompts, seeds, dict(call or {}), settings.batch)
     return make_mask(pipe, "ecodiff", sparsity, calibration=calibration, settings=settings)[0]
 
@@ -249,12 +259,18 @@ def _refuse_pruned(pipe: DiffusionPipeline) -> None:
 
 
 def _check_target(
-    pipe: DiffusionPipeline, sparsity: float, settings: MaskSettings, modulation: Modulation
+    pipe: DiffusionPipeline,
+    sparsity: float,
+    settings: MaskSettings,
+    structures: Sequence[Structure],
+    prices: Prices | None = None,
 ) -> None:
     """Fails before hours of learning, not after, when the sparsity cannot be reached."""
-    _refuse_pruned(pipe)
-    structures = discover(pipe, modulation)
-    _selected(pipe, {s.name: torch.zeros(s.units) for s in structures}, sparsity, settings)
+    nothing = {s.name: torch.zeros(s.units) for s in structures}
+    _selected(pipe, nothing, sparsity, settings, {"prices": asdict(prices) if prices else None})
+    total = prices.total if prices else count_parameters(denoiser_of(pipe))
+    most = maskable_share(prices.applied(structures) if prices else structures, total)
+    log.info("mask: up to %.1f %% of the denoiser's %s can go", 100 * most, settings.budget)
 
 
 def _selected(
@@ -266,10 +282,11 @@ def _selected(
 ) -> Mask:
     """The mask that scores give at a sparsity; adds target, sparsity and parameters to `info`."""
     denoiser = denoiser_of(pipe)
-    structures, total = discover(denoiser, modulation_of(found)), count_parameters(denoiser)
+    prices = Prices(**info["prices"]) if info.get("prices") else None
+    structures, total = budgeted(pipe, modulation_of(found), prices)
     kept = select(structures, found, sparsity, total, **limits_of(settings))
     exact = removed_share(structures, kept, total)
-    info = {**info, "target": sparsity, "sparsity": exact, "parameters": total}
+    info = {**info, "target": sparsity, "sparsity": exact, "parameters": count_parameters(denoiser)}
     return Mask(found, kept, fingerprint(pipe), info)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from ecodiff.calibrate import Calibration
 from ecodiff.config.sections import MaskSettings
 from ecodiff.mask.learner import Learner
+from ecodiff.mask.prices import Prices
 from ecodiff.runtime.code import code_hash
 from ecodiff.runtime.errors import UserError
 from ecodiff.runtime.optimise import optimise
@@ -46,6 +47,7 @@ def learn_mask(
     settings: MaskSettings,
     sparsity: float,
     scratch: Path | None = None,
+    prices: Prices | None = None,
 ) -> tuple[dict[str, Tensor], pd.DataFrame]:
     """Learn one gate logit per unit (EcoDiff, "end-to-end objective" and "time-step gradient
     checkpointing").
@@ -55,6 +57,7 @@ def learn_mask(
         calibration: what `calibrate` recorded of this model.
         settings: the `mask` section.
         sparsity: target of the objective `budget`; `penalty` does not read it.
+        prices: of the units, where `mask.budget` is not parameters.
         scratch: file for the state of an unfinished run. If it exists and has the same settings,
             data and code, learning continues from it.
 
@@ -71,7 +74,7 @@ def learn_mask(
     """
     calibration = calibration.for_dense(pipe)
     with _memory_explained(settings):
-        learner = Learner(pipe, calibration, settings, sparsity)
+        learner = Learner(pipe, calibration, settings, sparsity, prices)
     identity = {
         "code": code_hash("mask.learn"),
         "settings": settings.model_dump(exclude=COST_ONLY),

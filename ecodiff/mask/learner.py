@@ -14,13 +14,12 @@ from torch import Tensor, nn
 from ecodiff.calibrate import Calibration
 from ecodiff.config.sections import MaskSettings
 from ecodiff.mask.objective import Budget, Objective, Penalty, distortion, expected_sparsity
+from ecodiff.mask.prices import Prices, budgeted
 from ecodiff.mask.select import limits_of, select
 from ecodiff.mask.sensitivity import closed_means, costs_of_share, first_logits, sensitivity
 from ecodiff.models.structures import (
     Structure,
-    count_parameters,
     denoiser_of,
-    discover,
     maskable_share,
 )
 from ecodiff.runtime.errors import UserError
@@ -49,6 +48,7 @@ class Learner:
         calibration: what `calibrate` recorded of it.
         settings: the `mask` section.
         sparsity: target of the objective `budget`.
+        prices: of the units, where `mask.budget` is not parameters.
 
     Raises:
         UserError: the sparsity is more than all units together hold.
@@ -60,6 +60,7 @@ class Learner:
         calibration: Calibration,
         settings: MaskSettings,
         sparsity: float,
+        prices: Prices | None = None,
     ) -> None:
         self.pipe, self.settings = pipe, settings
         self.calibration = calibration.first(settings.prompts)
@@ -71,8 +72,7 @@ class Learner:
                 f"mask.batch: {together} prompts pass together, but there are {count}, which would"
                 f" repeat; at most {count // self.workers.count} a process"
             )
-        structures = discover(self.denoiser, settings.modulation)
-        self.total = count_parameters(self.denoiser)
+        structures, self.total = budgeted(pipe, settings.modulation, prices)
         first = 0.0 if settings.first_logit == "sensitivity" else settings.first_logit
         means = closed_means(settings, self.calibration)
         bases = bases_of(self.denoiser, structures, self.calibration.moments)

@@ -18,8 +18,9 @@ from ecodiff.calibrate import Calibration, gather_grams
 from ecodiff.config.methods import METHODS
 from ecodiff.config.sections import MaskSettings
 from ecodiff.mask import learn, peers, scores
+from ecodiff.mask.prices import Prices, budgeted
 from ecodiff.mask.sensitivity import closed_means, costs_of_share, sensitivity
-from ecodiff.models.structures import count_parameters, denoiser_of, discover
+from ecodiff.models.structures import denoiser_of, discover
 from ecodiff.runtime.errors import UserError
 
 Scores = dict[str, Tensor]
@@ -37,6 +38,7 @@ class Request:
         calibration: what `calibrate` recorded of the model.
         sparsity: target of the objective `budget`.
         scratch: file for the state of unfinished learning.
+        prices: of the units, where the budget is not parameters.
     """
 
     seed: int
@@ -44,6 +46,7 @@ class Request:
     calibration: Calibration | None = None
     sparsity: float | None = None
     scratch: Path | None = None
+    prices: Prices | None = None
 
     def recorded(self) -> Calibration:
         """The calibration."""
@@ -87,7 +90,12 @@ def learned(pipe: DiffusionPipeline, request: Request) -> tuple[Scores, pd.DataF
     if request.settings.objective == "budget" and request.sparsity is None:
         raise UserError("method ecodiff: the objective budget needs a sparsity to aim at")
     return learn.learn_mask(
-        pipe, request.recorded(), request.settings, request.sparsity or 0.0, request.scratch
+        pipe,
+        request.recorded(),
+        request.settings,
+        request.sparsity or 0.0,
+        request.scratch,
+        request.prices,
     )
 
 
@@ -119,7 +127,7 @@ def sensitivities(pipe: DiffusionPipeline, request: Request) -> Scores:
         means=closed_means(settings, calibration),
         modulation=settings.modulation,
     )
-    structures, total = discover(pipe, settings.modulation), count_parameters(denoiser_of(pipe))
+    structures, total = budgeted(pipe, settings.modulation, request.prices)
     return costs_of_share(structures, found, total)
 
 

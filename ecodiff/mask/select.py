@@ -26,6 +26,7 @@ def select(
     scope: Scope = "global",
     floor: int = 0,
     align: int = 1,
+    budget: str = "parameters",
 ) -> dict[str, Tensor]:
     """Remove the units with the lowest scores until `sparsity` of all parameters is removed
     (EcoDiff, "ranking").
@@ -46,6 +47,7 @@ def select(
         align: neurons are removed in groups, ranked by their mean score, so that a feed-forward
             that loses any keeps a multiple of `align`; tensor cores are slow at other widths.
             1: single neurons.
+        budget: what is counted, as errors call it; see `prices` for others than parameters.
 
     Returns:
         Structure name -> bool (units,), true for units that stay.
@@ -75,7 +77,7 @@ def select(
     order = (means / members).argsort(stable=True)
     sizes = torch.zeros(groups, dtype=torch.int64).index_add(0, index, parameters)
     goes = torch.zeros(groups, dtype=torch.bool)
-    goes[order[: _count(sizes[order], sparsity, total_parameters, floor)]] = True
+    goes[order[: _count(sizes[order], sparsity, total_parameters, floor, budget)]] = True
     kept = {s.name: torch.ones(s.units, dtype=torch.bool) for s in structures}
     for (structure, units, _, own), first in zip(ranked, firsts, strict=False):
         kept[structure.name][units[goes[own + first]]] = False
@@ -84,11 +86,18 @@ def select(
 
 def limits_of(settings: MaskSettings) -> dict[str, Any]:
     """The keyword arguments of `select` that the section `mask` sets."""
-    return {"scope": settings.scope, "floor": settings.min_units, "align": settings.align}
+    return {
+        "scope": settings.scope,
+        "floor": settings.min_units,
+        "align": settings.align,
+        "budget": settings.budget,
+    }
 
 
 def _groups(structure: Structure, floor: int, align: int) -> Tensor:
     """Group index of each removable unit, from the lowest score up: int64 (removable,)."""
+    if not structure.unit_parameters:  # nothing is won by removing it
+        return torch.arange(0)
     size = align if structure.kind == "neurons" else 1
     # Size of the first group: it leaves a multiple, or is as many directions as pay.
     first = max(structure.units % size or size, structure.together)
@@ -120,7 +129,7 @@ def check_scores(structures: Sequence[Structure], scores: Mapping[str, Tensor]) 
             raise UserError(f"mask: {name} has scores that are not a number")
 
 
-def _count(sizes: Tensor, sparsity: float, total: int, floor: int) -> int:
+def _count(sizes: Tensor, sparsity: float, total: int, floor: int, budget: str) -> int:
     """How many of the ranked groups to remove.
 
     `sizes` int64 (groups,): the parameters of each, from the lowest score up.
@@ -136,6 +145,6 @@ def _count(sizes: Tensor, sparsity: float, total: int, floor: int) -> int:
         percent = f"; for {sparsity} % say {sparsity / 100}" if 1 < sparsity < 100 else ""
         raise UserError(
             f"sparsity: {sparsity} is not possible; the range is 0 to {shown:.4f} of the denoiser's"
-            f" parameters, where {left} of a structure would be left{percent}"
+            f" {budget}, where {left} of a structure would be left{percent}"
         )
     return 0 if target <= 0 else int(torch.searchsorted(reached.double(), target)) + 1

@@ -169,6 +169,8 @@ def costs_of_share(
 
 def _costs(structure: Structure, found: Tensor) -> Tensor:
     """Cost a parameter: (units,)."""
+    if not structure.unit_parameters:  # nothing is won by removing it
+        return torch.full_like(found, torch.inf)
     costs = found / structure.unit_parameters
     if not structure.overhead:
         return costs

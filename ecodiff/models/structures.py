@@ -78,7 +78,7 @@ class Structure:
     @property
     def together(self) -> int:
         """How many units go together or not at all: the first that pay for the overhead."""
-        return self.overhead // self.unit_parameters + 1
+        return self.overhead // max(1, self.unit_parameters) + 1
 
     def sizes(self) -> Tensor:
         """Parameters that are removed with the first unit that goes, the second, ...: int64
