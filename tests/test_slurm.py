@@ -167,7 +167,7 @@ def test_a_job_killed_by_memory_is_tried_with_more(place):
 def test_jobs_of_a_killed_snakemake_are_told_and_can_be_cancelled(place):
     place.configure(mem_mb=2000)
     first = place.start(MASK)
-    until(place.file(STATE).exists)
+    pause(place, place.file("results/small/logs/tiny/mask/ecodiff-20.log"))
     first.send_signal(signal.SIGKILL)
     first.wait()
     status, said = place(MASK)

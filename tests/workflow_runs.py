@@ -17,19 +17,31 @@ ROOT = Path(__file__).parents[1]
 CALL = {"num_inference_steps": 2, "max_sequence_length": 16, "height": 64, "width": 64}
 
 
-def snakemake(
+def start(
     folder: Path, *words: Any, root: Path = ROOT, python: Path = Path(sys.executable)
-) -> subprocess.CompletedProcess[str]:
-    """Run Snakemake with a folder as its working directory, by a Python of an environment."""
+) -> subprocess.Popen[str]:
+    """Start Snakemake with a folder as its working directory, by a Python of an environment."""
     command = [python, "-m", "snakemake", "--snakefile", root / "Snakefile"]
     command += ["--directory", folder, *words]
     path = f"{python.parent}:{os.environ['PATH']}"
     environment = {**os.environ, "PYTHONPATH": str(root), "PATH": path}
     if root == ROOT and python == Path(sys.executable) and "--dry-run" not in words:
         environment[forkserver.SOCKET] = shared_forkserver()
-    return subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, env=environment, cwd=folder
+    return subprocess.Popen(
+        list(map(str, command)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        cwd=folder,
     )
+
+
+def snakemake(folder: Path, *words: Any, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run Snakemake until it ends; options as those of `start`."""
+    started = start(folder, *words, **options)
+    stdout, stderr = started.communicate()
+    return subprocess.CompletedProcess(started.args, started.returncode, stdout, stderr)
 
 
 @cache

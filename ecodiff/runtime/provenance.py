@@ -29,7 +29,6 @@ LIBRARIES = (
     *("scipy", "torchvision", "torchmetrics", "torch-fidelity", "open_clip_torch", "matplotlib"),
 )
 BLOCK, BLOCKS = 2**20, 16  # bytes that are read of a larger file: blocks, evenly spread
-OWN = ("id", "output")  # the keys of a manifest that say which result it is of
 
 
 @dataclass(frozen=True)
@@ -90,14 +89,15 @@ def begin(stage: str, inputs: Iterable[str | Path]) -> Begun:
 
 
 def digest(path: str) -> str | None:
-    """Which thing an input is: a hash of its manifest where it has one, else of what it holds.
+    """Which thing an input is: the id of its manifest where it has one, else a hash of its bytes.
 
-    A model of the hub is its commit; None where nothing is known of it.
+    So ids chain, and times that results hold don't count. A model of the hub is its commit; None
+    where nothing is known of it.
     """
     place = Path(path)
     found = read_manifest(place)
     if found is not None:
-        return _hashed("".join(str(found.get(key)) for key in OWN).encode())
+        return found["id"]
     return content(place) if place.exists() else _hub_commit(path)
 
 
