@@ -131,9 +131,20 @@ def iterations(log):
 
 def pause(place, log):
     """Stop the process that learns a mask in this place as soon as its log has an iteration."""
-    until(lambda: log.exists() and iterations(log))
-    found = [one for one in psutil.process_iter(["cmdline"]) if one.info["cmdline"][1:3] == MASKING]
-    [learner] = [one for one in found if Path(one.cwd()) == place.folder]
+
+    def learners():
+        found = psutil.process_iter(["cmdline"])
+        found = [one for one in found if (one.info["cmdline"] or [])[1:3] == MASKING]
+        return [one for one in found if Path(one.cwd()) == place.folder]
+
+    def learns():
+        for one in learners():  # the log may still be that of the try before
+            begun = log.exists() and log.stat().st_mtime > one.create_time()
+            return begun and iterations(log)
+        return False
+
+    until(learns)
+    [learner] = learners()
     learner.send_signal(signal.SIGSTOP)
 
 

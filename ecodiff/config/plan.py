@@ -30,12 +30,14 @@ class Plan:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.results = f"results/{config.run}"
+        self._variants = {model: config.variants_of(model) for model in config.models}
         self.pruned = [
             (model, variant)
-            for model in config.models
-            for variant in config.variants_of(model)
+            for model, variants in self._variants.items()
+            for variant in variants
             if not variant.is_dense
         ]
+        self._scored = self._middle_ones()
         self._ablations = {
             model: {point.name: point for point in config.ablations_of(model)}
             for model in config.models
@@ -134,10 +136,18 @@ class Plan:
         """
         if METHODS[variant.method].learns and not self.config.models[model].mask.is_shared:
             return variant
-        wanted = (variant.method, variant.seed)
-        same = [v for v in self.config.variants_of(model) if (v.method, v.seed) == wanted]
-        by_percent = sorted({v.percent: v for v in same}.items())
-        return by_percent[(len(by_percent) - 1) // 2][1]
+        return self._scored[model, variant.method, variant.seed]
+
+    def _middle_ones(self) -> dict[tuple[str, str, int | None], Variant]:
+        """Of each model, method and seed the variant of the middle sparsity."""
+        found: dict[tuple[str, str, int | None], dict[int, Variant]] = {}
+        for model, variants in self._variants.items():
+            for one in variants:
+                found.setdefault((model, one.method, one.seed), {})[one.percent] = one
+        return {
+            key: by_percent[sorted(by_percent)[(len(by_percent) - 1) // 2]]
+            for key, by_percent in found.items()
+        }
 
     def mask(self, model: str, variant: str) -> str:
         """The mask that holds a variant's scores."""
@@ -228,7 +238,7 @@ class Plan:
 
     def shards_of_all(self, model: str) -> list[str]:
         """The image shards of all variants of a model, the dense one first."""
-        return [s for v in self.config.variants_of(model) for s in self.shards(model, v.name)]
+        return [s for v in self._variants[model] for s in self.shards(model, v.name)]
 
     def all_shards(self) -> list[str]:
         """The image shards of all models and variants."""
@@ -236,12 +246,12 @@ class Plan:
 
     def shards_by_variant(self, model: str) -> list[str]:
         """The same as `ecodiff evaluate quality` takes them."""
-        shards = {v.name: self.shards(model, v.name) for v in self.config.variants_of(model)}
+        shards = {v.name: self.shards(model, v.name) for v in self._variants[model]}
         return _options((name, ",".join(paths)) for name, paths in shards.items())
 
     def source_by_variant(self, model: str) -> list[str]:
         """Where all variants of a model lie, as `ecodiff evaluate efficiency` takes them."""
-        variants = self.config.variants_of(model)
+        variants = self._variants[model]
         return _options((v.name, self.source(model, v.name)) for v in variants)
 
     def of_models(self, file: str) -> list[str]:
