@@ -1,0 +1,103 @@
+"""Time and memory of planning against the number of jobs: `python benchmarks/planning.py docs`.
+
+Plans runs of a model that is not there, by a dry-run each: more variants, and more shards of
+pictures. Writes `planning.png` to the folder and prints the table in Markdown.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pandas as pd
+import yaml
+from matplotlib import pyplot as plt
+
+ROOT = Path(__file__).parents[1]
+SIZES = [(10, 1), (100, 1), (1000, 1), (10, 10), (10, 100), (10, 400)]  # variants, shards of each
+
+
+def config(variants: int, shards: int) -> dict:
+    """A run of so many variants beside the dense one; a shard holds two pictures."""
+    seeds = list(range(max(1, variants // 10)))
+    prompts = {"source": "shapeworld", "count": 1, "seed": 10**6}
+    call = {"num_inference_steps": 1, "height": 64, "width": 64}
+    return {
+        "run": "plan",
+        "models": {"m": {"source": "model", "call": call}},
+        "variants": [
+            {
+                "method": "random",
+                "sparsities": [percent / 100 for percent in range(5, 55, 5)],
+                "seeds": seeds,
+            }
+        ],
+        "prompts": {
+            "calibration": prompts,
+            "evaluation": {**prompts, "count": 2 * shards, "seed": 0, "split": "held-out"},
+        },
+        "mask": {"batch": 1},
+        "generate": {"shard_size": 2},
+        "evaluate": {
+            "features": "clip",
+            "clip_model": "ViT-B-16",
+            "efficiency": None,
+            "mask_cost": None,
+        },
+    }
+
+
+def planned(variants: int, shards: int) -> dict[str, float]:
+    """Jobs, seconds and MB of one plan."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "model").mkdir()
+        (Path(folder) / "model/model_index.json").write_text("{}")
+        (Path(folder) / "plan.yaml").write_text(yaml.safe_dump(config(variants, shards)))
+        command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile")]
+        command += ["--configfile", "plan.yaml", "--dry-run", "--cores", "1", "--quiet", "rules"]
+        started = time.perf_counter()
+        with (Path(folder) / "out").open("w") as out:
+            environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+            child = subprocess.Popen(
+                command, cwd=folder, stdout=out, stderr=subprocess.STDOUT, env=environment
+            )
+            _, status, usage = os.wait4(child.pid, 0)
+        seconds, text = time.perf_counter() - started, (Path(folder) / "out").read_text()
+        if status:
+            raise RuntimeError(text[-2000:])
+    jobs = int(re.findall(r"^total +(\d+)", text, re.M)[-1])
+    return {
+        "variants": variants,
+        "shards": shards,
+        "jobs": jobs,
+        "seconds": seconds,
+        "MB": usage.ru_maxrss / 1024,
+    }
+
+
+def main(folder: Path) -> None:
+    """All sizes, as a table and a figure."""
+    table = pd.DataFrame([planned(*size) for size in SIZES])
+    print(table.round(1).to_string(index=False))
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6))
+    for axis, key in zip(axes, ("seconds", "MB"), strict=True):
+        for label, rows in {
+            "more variants": table[table["shards"] == 1],
+            "more shards of 10 variants": table[table["variants"] == 10],
+        }.items():
+            rows = rows.sort_values("jobs")
+            axis.plot(rows["jobs"], rows[key], marker="o", label=label)
+        axis.set(xlabel="jobs", ylabel=key, xlim=(0, None), ylim=(0, None))
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.suptitle("Planning a run")
+    figure.savefig(folder / "planning.png", dpi=120, bbox_inches="tight")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
