@@ -33,18 +33,16 @@ def main() -> None:
     pipe = middle()
     pipe.set_progress_bar_config(disable=True)
     calibration = calibrate(pipe, [PROMPT], [0], CALL, 1)
-    masks = [
-        make_mask(pipe, "random", budget, calibration=calibration, settings={"budget": "latency"})[
-            0
-        ]
-        for budget in asked.budgets
-    ]
+    settings = {"budget": "latency"}
+    mask, _ = make_mask(
+        pipe, "random", min(asked.budgets), calibration=calibration, settings=settings
+    )
     rows = []
-    for budget, mask in zip(asked.budgets, masks, strict=True):
+    for budget in asked.budgets:
         unet = copy.deepcopy(pipe.unet)
         small = type(pipe)(**{**pipe.components, "unet": unet})
         small.set_progress_bar_config(disable=True)
-        ecodiff.prune(small, mask)
+        ecodiff.prune(small, mask.at(pipe, budget))
         turns = [
             [seconds(lambda p=p: calibration.drawn_by(p, 1), unet.device) for p in (pipe, small)]
             for _ in range(asked.rounds)

@@ -105,13 +105,82 @@ def test_what_a_rank_removes_of_flux(rank, least, most):
     assert least < 100 * (1 - count_parameters(denoiser) / total) < most
 
 
-def test_an_adapter_of_a_linear_that_is_of_a_low_rank_is_refused():
+def dense_adapter(pipe, folder):
+    """Save a random adapter of all the linears that read the conditioning, and of another."""
+    from diffusers.training_utils import _collate_lora_metadata
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    denoiser = denoiser_of(pipe)
+    linears = [s.directions_of for s in discover(pipe, "rank") if s.directions_of]
+    torch.manual_seed(5)
+    targets = [*linears, "transformer_blocks.0.attn.to_q"]
+    ranks = {"norm_out.linear": 3}
+    denoiser.add_adapter(
+        LoraConfig(
+            r=2,
+            lora_alpha=3,
+            target_modules=targets,
+            rank_pattern=ranks,
+            init_lora_weights=False,
+        )
+    )
+    type(pipe).save_lora_weights(
+        folder,
+        transformer_lora_layers=get_peft_model_state_dict(denoiser),
+        **_collate_lora_metadata({"transformer": denoiser}),
+    )
+    return pipe
+
+
+def test_an_adapter_of_the_dense_model_adds_what_it_added_there(tmp_path):
+    """The reference: peft's own layer on the dense linear."""
+    adapted = dense_adapter(calibrated("flux")[0], tmp_path)
+    pipe, calibration = calibrated("flux")
+    mask = mask_of(pipe, calibration, some_directions)
+    ecodiff.prune(pipe, mask)
+    bare = z0(pipe, calibration)
+    pipe.load_lora_weights(tmp_path)
+    name, x = "norm_out.linear", torch.randn(2, 48)
+    dense, low = (denoiser_of(p).get_submodule(name) for p in (adapted, pipe))
+    added = dense(x) - dense.base_layer(x)
+    torch.testing.assert_close(low(x) - low.up(low.down(x)), added)
+    assert (z0(pipe, calibration) - bare).abs().max() > 1e-3
+    keys = denoiser_of(pipe).state_dict().keys()
+    assert f"{name}.free.lora_A.default_0.weight" in keys
+    pipe.unload_lora_weights()
+    assert torch.equal(z0(pipe, calibration), bare)
+    assert not [key for key in denoiser_of(pipe).state_dict() if "free" in key]
+
+
+def test_a_fitted_adapter_is_one_of_the_pruned_model(tmp_path):
+    dense_adapter(calibrated("flux")[0], tmp_path)
+    drawn = []
+    for given in ("file", "fitted"):
+        pipe, calibration = calibrated("flux")
+        ecodiff.prune(pipe, mask_of(pipe, calibration, some_directions))
+        lora = tmp_path if given == "file" else ecodiff.fit_lora(tmp_path, pipe)
+        pipe.load_lora_weights(lora)
+        drawn.append(z0(pipe, calibration))
+    torch.testing.assert_close(*drawn)
+
+
+def test_adapters_are_trained_beside_a_linear_of_a_low_rank():
+    from peft import LoraConfig
+
     pipe, calibration = calibrated("flux")
     ecodiff.prune(pipe, mask_of(pipe, calibration, some_directions))
-    name = "transformer_blocks.0.norm1.linear"
-    state = {
-        f"{name}.lora_A.weight": torch.zeros(1, 48),
-        f"{name}.lora_B.weight": torch.zeros(288, 1),
+    denoiser = denoiser_of(pipe)
+    denoiser.add_adapter(LoraConfig(r=2, target_modules=["norm1.linear"]))
+    trained = {name for name, p in denoiser.named_parameters() if p.requires_grad}
+    assert {name.rpartition(".lora_")[0] for name in trained} == {
+        "transformer_blocks.0.norm1.linear.free"
     }
-    with pytest.raises(ValueError, match=rf"adapter: {name} is of rank \d+ here"):
+
+
+def test_other_adapters_than_lora_of_a_low_rank_linear_are_refused():
+    pipe, calibration = calibrated("flux")
+    ecodiff.prune(pipe, mask_of(pipe, calibration, some_directions))
+    state = {"transformer_blocks.0.norm1.linear.lora_magnitude_vector": torch.zeros(288)}
+    with pytest.raises(ValueError, match=r"norm1.linear is of a low rank here"):
         denoiser_of(pipe).fit_lora(state)

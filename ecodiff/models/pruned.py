@@ -12,7 +12,8 @@ The entry `pruned` of its config holds their sizes:
     ranks      name of a modulation linear -> its rank, where it became two linears
     dense      the fingerprint of the dense model, see `pipelines.fingerprint`
 
-So adapters of the dense model fit: their rows and columns of removed units are dropped.
+So adapters of the dense model fit: their rows and columns of removed units are dropped, and what
+they add to a linear of a low rank is added beside it.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from torch import Tensor, nn
 CLASS_FILE = "ecodiff.py"
 # How an adapter's tensors follow their layer: whether its rows or columns, and in which dimension.
 _CUTS = {"lora_A": ("columns", 1), "lora_B": ("rows", 0), "lora_magnitude_vector": ("rows", 0)}
+_PLAIN = ("lora_A.", "lora_B.")
 # Where diffusers' loaders may be told to find an adapter.
 _WHERE = ("weight_name", "subfolder", "revision", "token", "cache_dir", "local_files_only")
 _WHERE += ("force_download", "proxies", "metadata")
@@ -77,6 +79,9 @@ class ScatterLinear(nn.Module):
 class LowRankLinear(nn.Module):
     """A linear of a low rank as two: `up(down(x))`, where `up` has the bias.
 
+    Adapters of the dense linear read all of x and so fit neither: they sit on `free`, which is a
+    `NoLinear` once there are any, and is no part of the model otherwise.
+
     Args:
         linear: the dense linear, (out, in); gives sizes, dtype and device.
         rank: rows of `down` and columns of `up`, 0 or more.
@@ -88,11 +93,35 @@ class LowRankLinear(nn.Module):
         with torch.device("meta"):  # no random weights: they are set or loaded afterwards
             self.down = nn.Linear(linear.in_features, rank, bias=False)
             self.up = nn.Linear(rank, linear.out_features)
+        self.register_module("free", None)
         self.to_empty(device=linear.weight.device).to(linear.weight.dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""
-        return self.up(self.down(input))
+        output = self.up(self.down(input))
+        return output if self.free is None else output + self.free(input)
+
+    def make_free(self) -> None:
+        """Make the place of adapters, if it is not there."""
+        if self.free is None:
+            self.free = NoLinear(self)
+
+
+class NoLinear(nn.Linear):
+    """A linear that gives zeros and holds nothing: a place for adapters.
+
+    Args:
+        like: gives sizes, dtype and device.
+    """
+
+    def __init__(self, like: LowRankLinear) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.bias = like.in_features, like.out_features, None
+        self.register_buffer("weight", like.up.weight.new_zeros(0, 0), persistent=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (..., in) to zeros (..., out)."""
+        return input.new_zeros(*input.shape[:-1], self.out_features)
 
 
 class NoChannels(nn.Conv2d):
@@ -184,18 +213,22 @@ class Pruned:
         if not any("lora_A" in key or "lokr_" in key for key in state):
             state = convert_unet_state_dict_to_peft(state)
         state = self.fit_lora(state)
-        # Targets, ranks and scales go by name; scattered layers are now called after their rows.
+        # Targets, ranks and scales go by name; some layers now take adapters at a part of them.
         alphas, metadata = dict(options.pop("network_alphas", None) or {}), dict(metadata or {})
         patterns = metadata.keys() & {f"{dot}rank_pattern", f"{dot}alpha_pattern"}
-        for name, part in self.named_modules():
-            if not isinstance(part, ScatterLinear):
+        for name, part in [*self.named_modules()]:
+            place = _place(name, part)
+            if place == name:
                 continue
+            if isinstance(part, LowRankLinear) and f"{place}.lora_A.weight" in state:
+                part.make_free()
             if f"{dot}{name}.alpha" in alphas:
-                alphas[f"{dot}{name}.rows.alpha"] = alphas.pop(f"{dot}{name}.alpha")
+                alphas[f"{dot}{place}.alpha"] = alphas.pop(f"{dot}{name}.alpha")
             for key in patterns:
                 old = metadata[key] or {}
                 found = [value for k, value in old.items() if re.match(rf"(.*\.)?({k})$", name)]
-                metadata[key] = old | {f"{name}.rows": value for value in found[:1]}
+                if found:
+                    metadata[key] = {**old, place: found[0]}
         if metadata:
             metadata[f"{dot}target_modules"] = sorted({_layer_and_part(key)[0] for key in state})
         options |= {"network_alphas": alphas or None, "metadata": metadata or None}
@@ -204,15 +237,19 @@ class Pruned:
 
     def add_adapter(self, adapter_config: Any, adapter_name: str = "default") -> None:
         """Add an adapter to train; same contract as diffusers'. Of a scattered linear its rows are
-        adapted."""
+        adapted, beside one of a low rank what it lost."""
         from peft.tuners.tuners_utils import check_target_module_exists as matches
 
-        names = [name for name, part in self.named_modules() if isinstance(part, ScatterLinear)]
-        wanted = [name for name in names if matches(adapter_config, name) is True]
+        parts = {n: part for n, part in self.named_modules() if _place(n, part) != n}
+        wanted = [name for name in parts if matches(adapter_config, name) is True]
         if not isinstance(adapter_config.target_modules, str) and wanted:
             adapter_config = copy(adapter_config)
-            rows, not_these = {f"{name}.rows" for name in wanted}, adapter_config.exclude_modules
-            adapter_config.target_modules = rows | {*adapter_config.target_modules}
+            for name in wanted:
+                if isinstance(parts[name], LowRankLinear):
+                    parts[name].make_free()
+            places = {_place(name, parts[name]) for name in wanted}
+            not_these = adapter_config.exclude_modules
+            adapter_config.target_modules = places | {*adapter_config.target_modules}
             adapter_config.exclude_modules = [*wanted, *(not_these or ())]
         super().add_adapter(adapter_config, adapter_name)
 
@@ -266,10 +303,12 @@ class Pruned:
             ValueError: it is an adapter of another model, or of a kind that can't be cut.
         """
         layers: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        present, fitted, made_for = dict(self.named_modules()), {}, set()
         for key, value in state.items():
             layer, part = _layer_and_part(key)
+            if isinstance(present.get(layer.removesuffix(".free")), LowRankLinear):
+                layer = layer.removesuffix(".free")
             layers[layer][part] = value
-        present, fitted, made_for = dict(self.named_modules()), {}, set()
         gone = tuple(f"{name}." for name, part in present.items() if isinstance(part, NoHeads))
         absent = [name for name in layers if name not in present and not name.startswith(gone)]
         if layers and len(absent) == len(layers):
@@ -280,7 +319,7 @@ class Pruned:
                 continue
             cut, model = self._cut(name, layer, tensors)
             made_for |= model
-            place = f"{name}.rows" if isinstance(layer, ScatterLinear) else name
+            place = _place(name, layer)
             fitted |= {f"{place}.{part}": value for part, value in cut.items()}
         if len(made_for) > 1:
             raise ValueError(
@@ -293,11 +332,8 @@ class Pruned:
     ) -> tuple[dict[str, Tensor], set[str]]:
         """The tensors of one layer's adapter, cut; and for which model they were made, if that can
         be told."""
-        if isinstance(layer, LowRankLinear):
-            raise ValueError(
-                f"adapter: {name} is of rank {layer.up.in_features} here and can't take it; merge"
-                " the adapter into the dense model, or prune with mask.modulation: channels"
-            )
+        if isinstance(layer, LowRankLinear) and not all(p.startswith(_PLAIN) for p in tensors):
+            raise ValueError(f"adapter: {name} is of a low rank here, which only plain LoRA fits")
         kept = self._kept(name, layer)
         layer = layer.rows if isinstance(layer, ScatterLinear) else layer
         sizes = {"rows": _size(layer, "out"), "columns": _size(layer, "in")}
@@ -345,6 +381,12 @@ def unpacked(text: str) -> Tensor:
     size, _, bits = text.partition(":")
     found = np.frombuffer(zlib.decompress(base64.b64decode(bits)), np.uint8)
     return torch.from_numpy(np.unpackbits(found, count=int(size)).astype(bool))
+
+
+def _place(name: str, part: nn.Module | None) -> str:
+    """The layer that adapters of the dense layer `name` sit on."""
+    inside = {ScatterLinear: ".rows", LowRankLinear: ".free"}.get(type(part), "")
+    return f"{name}{inside}"
 
 
 def _layer_and_part(key: str) -> tuple[str, str]:
