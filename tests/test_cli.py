@@ -11,7 +11,6 @@ from imports import loaded_by
 
 from ecodiff import cli
 from ecodiff.prompts import read_prompts
-from ecodiff.runtime.devices import choose_device
 
 CALL_VALUES = {"num_inference_steps": 2, "guidance_scale": 3, "height": 64, "width": 64}
 CALL = yaml.safe_dump(CALL_VALUES)
@@ -98,7 +97,6 @@ def test_a_missing_model_is_one_line(tmp_path, capsys):
 
 def test_a_job_that_asks_for_a_gpu_does_not_silently_run_without(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    choose_device.cache_clear()
     model = {"source": "m", "call": CALL_VALUES, "resources": {"gpu": 2}}
     prompts = {"source": "shapeworld", "count": 4, "seed": 5}
     config = {

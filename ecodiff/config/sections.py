@@ -148,7 +148,7 @@ class LoadSettings(Settings):
     """Of the weights. bfloat16 and float16 take half the memory of float32; gate logits are float32
     in any case."""
     device: str = "auto"
-    """auto (a GPU where there is one), cpu, cuda or cuda:<n>."""
+    """auto (a free GPU where there is one), cpu, cuda (a free GPU) or cuda:<n>."""
     device_map: str | None = None
     """How diffusers spreads the components over several GPUs, such as `balanced`; null: all on
     `device`."""

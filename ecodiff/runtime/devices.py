@@ -21,21 +21,24 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc, malloc.h
 _leases: list[int] = []  # open files; a lease lasts as long as its process
 
 
-@cache
 def choose_device(wanted: str = "auto") -> str:
-    """A torch device; `auto` is a GPU that no other job of ours holds, or the CPU without any.
+    """A torch device; `cuda` is a GPU that no job of ours holds, `auto` such a one or the CPU.
 
     Snakemake only counts GPUs and a SLURM job sees only its own, so the choice between the
-    visible ones is made here, by a lock on a file, once a process. Waits until one is free.
+    visible ones is made here, once a process. Waits until one is free.
 
     Raises:
         UserError: there is no such device.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if wanted != "auto":
+    if wanted not in ("auto", "cuda") or (wanted == "cuda" and not count):
         return _present(wanted, count)
-    if not count:
-        return "cpu"
+    return _free_gpu(count) if count else "cpu"
+
+
+@cache
+def _free_gpu(count: int) -> str:
+    """The first of so many GPUs whose lock is free, which this process then keeps."""
     waiting = False
     while True:
         for index in range(count):
