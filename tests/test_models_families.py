@@ -233,8 +233,10 @@ def test_every_method_that_scores_at_once_knows_the_family(dense, monkeypatch):
                 ecodiff.mask.score(dense.pipe, method, calibration=record)
             continue
         found = ecodiff.mask.score(dense.pipe, method, calibration=record)
-        assert found.keys() == {s.name for s in dense.structures}
-        for s in dense.structures:
+        units = "rank" if METHODS[method].by_rank else "channels"
+        structures = discover(dense.pipe, units)
+        assert found.keys() == {s.name for s in structures}
+        for s in structures:
             assert found[s.name].shape == (s.units,)
             assert not found[s.name].isnan().any()
             known = s.consumers or method not in ("obs", "wanda")

@@ -1,15 +1,17 @@
 """What a unit costs in time, measured on this device: layers as they are and with half their units.
 
-An attention or feed-forward is run on what it read in the first step of a picture, whole and cut in
-half by turns; the difference over the units that went is a unit's price. Layers of the same shapes
-on inputs of the same shapes are measured once. Modulation has no price: it takes no time to speak
-of, so its units stay.
+An attention or feed-forward is timed where it runs, in whole pictures, and by itself: as it is and
+cut in half, by turns. Its share of the picture times the share of it that the half saves, over the
+units that went, is a unit's price. All are ratios of neighbouring times, so that a slow spell of
+the machine meets both. Layers of the same shapes on inputs of the same shapes are cut once.
+Modulation has no price: it takes no time to speak of, so its units stay.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -23,9 +25,10 @@ from torch import Tensor, nn
 from ecodiff.calibrate import Calibration
 from ecodiff.models.pruned import set_heads, take
 from ecodiff.models.structures import Port, Structure, denoiser_of
-from ecodiff.runtime.timing import seconds
+from ecodiff.runtime.timing import now, seconds
 
-ROUNDS = 15
+ROUNDS = 25
+PICTURES = 5
 NANO = 1e9
 
 # A layer's arguments, in one call.
@@ -45,25 +48,26 @@ def latencies(
         calibration: gives prompt and call.
     """
     denoiser, one = denoiser_of(pipe), calibration.of([0])
-    timed = {s.name: _layer(s) for s in structures if s.consumers}
+    layers = {s.name: _layer(s) for s in structures if s.consumers}
     reads: dict[str, Read] = {}
-    calls = dict.fromkeys(timed.values(), 0)
-    with _recorded(denoiser, reads, calls):
-        one.drawn_by(pipe, 1)
-    device = denoiser.device
-    whole = [seconds(lambda: one.drawn_by(pipe, 1), device) for _ in range(3)]
-    known: dict[Any, float] = {}
+    totals, shares = [], []
+    for _ in range(PICTURES):
+        with _timed(denoiser, {*layers.values()}, reads) as spent:
+            totals.append(seconds(lambda: one.drawn_by(pipe, 1), denoiser.device))
+        shares.append({name: spent[name] / totals[-1] for name in spent})
+    total, known = median(totals), dict[Any, float]()
     units = dict.fromkeys((s.name for s in structures), 0)
     for s in structures:
-        if s.name not in timed or timed[s.name] not in reads:
+        if s.name not in layers or layers[s.name] not in reads:
             continue
-        layer = denoiser.get_submodule(timed[s.name])
-        read = reads[timed[s.name]]
+        name = layers[s.name]
+        layer, read = denoiser.get_submodule(name), reads[name]
         kind = (type(layer), s.kind, s.units, s.width, s.unit_parameters, _shapes(read))
         if kind not in known:
-            known[kind] = _price(layer, _inside(s, timed[s.name]), read, device)
-        units[s.name] = round(NANO * known[kind] * calls[timed[s.name]])
-    return round(NANO * median(whole)), units
+            known[kind] = _saved(layer, _inside(s, name), read, denoiser.device)
+        share = median(one[name] for one in shares)
+        units[s.name] = round(NANO * total * share * known[kind])
+    return round(NANO * total), units
 
 
 def _layer(structure: Structure) -> str:
@@ -76,21 +80,27 @@ def _layer(structure: Structure) -> str:
 
 
 @contextmanager
-def _recorded(denoiser: nn.Module, reads: dict[str, Read], calls: dict[str, int]) -> Any:
-    """What each layer reads in its first call, and how often it is called."""
+def _timed(
+    denoiser: nn.Module, names: Iterable[str], reads: dict[str, Read]
+) -> Iterator[dict[str, float]]:
+    """Inside the context the dict gathers each layer's seconds; `reads` keeps its first inputs."""
+    spent: dict[str, float] = defaultdict(float)
+    device = denoiser.device
 
-    def record(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def begin(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         reads.setdefault(name, (args, kwargs))
-        calls[name] += 1
+        spent[name] -= now(device)
 
-    handles = [
-        denoiser.get_submodule(name).register_forward_pre_hook(
-            partial(record, name), with_kwargs=True
-        )
-        for name in calls
-    ]
+    def end(name: str, *_: Any) -> None:
+        spent[name] += now(device)
+
+    handles = []
+    for name in names:
+        layer = denoiser.get_submodule(name)
+        handles.append(layer.register_forward_pre_hook(partial(begin, name), with_kwargs=True))
+        handles.append(layer.register_forward_hook(partial(end, name)))
     try:
-        yield
+        yield spent
     finally:
         for handle in handles:
             handle.remove()
@@ -112,17 +122,17 @@ def _inside(structure: Structure, layer: str) -> Structure:
     return replace(structure, name=name, producers=producers, consumers=consumers)
 
 
-def _price(layer: nn.Module, structure: Structure, read: Read, device: torch.device) -> float:
-    """Seconds that one unit adds to one call of a layer."""
+def _saved(layer: nn.Module, structure: Structure, read: Read, device: torch.device) -> float:
+    """The share of a layer's time that goes with one unit."""
     args, kwargs = read
     half = _halved(layer, structure)
-    differences = [
-        seconds(lambda: layer(*args, **kwargs), device)
-        - seconds(lambda: half(*args, **kwargs), device)
-        for _ in range(ROUNDS + 2)
-    ]
-    gone = structure.units - structure.units // 2
-    return max(0.0, median(differences[2:])) / gone
+    saved = []
+    for _ in range(ROUNDS):
+        whole, left = (
+            seconds(lambda part=part: part(*args, **kwargs), device) for part in (layer, half)
+        )
+        saved.append(1 - left / whole)
+    return max(0.0, median(saved)) / (structure.units - structure.units // 2)
 
 
 def _halved(layer: nn.Module, structure: Structure) -> nn.Module:

@@ -11,10 +11,13 @@ import torch
 
 def seconds(work: Callable[[], Any], device: torch.device) -> float:
     """Wall-clock seconds of `work`, until the device has done all of it and nothing else."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
+    start = now(device)
     work()
+    return now(device) - start
+
+
+def now(device: torch.device) -> float:
+    """Wall-clock time in seconds, once the device has done all that it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return time.perf_counter()
