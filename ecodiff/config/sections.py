@@ -370,6 +370,9 @@ class RetrainSettings(Settings):
     to 0.9999; 0: none. It rises to that value over the first updates. A copy of what is trained."""
     clip: PositiveFloat = 1.0
     """Largest norm of an update's gradient."""
+    pictures: NonNegativeInt = 4
+    """Held-out prompts that are drawn at the start and every tenth of the run, on sheets in
+    `model.pictures/` beside the model. 0: none."""
     save_every: PositiveInt = 100
     """Steps after which the state is written: a job that is killed loses at most so many."""
     seed: Seed = 0

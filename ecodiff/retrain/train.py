@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from ecodiff.config.sections import RetrainSettings
 from ecodiff.models.pipelines import dense_fingerprint
 from ecodiff.models.structures import denoiser_of
 from ecodiff.retrain.kinds import adapter_of, trainable
+from ecodiff.retrain.pictures import Sheets
 from ecodiff.retrain.trajectory import Trajectory, read
 from ecodiff.retrain.updates import Updates
 from ecodiff.runtime.code import code_hash
@@ -23,10 +24,11 @@ from ecodiff.runtime.errors import UserError
 from ecodiff.runtime.optimise import optimise
 from ecodiff.runtime.progress import Row
 from ecodiff.runtime.state import State
+from ecodiff.runtime.workers import Workers
 
 COLUMNS = ("step", "loss", "held_out", "lr", "seconds")
 HELD_OUT = 0.1  # share of the recorded batches that nothing is learned from
-COST_ONLY = {"save_every", "checkpoint"}  # settings that change no weight
+COST_ONLY = {"save_every", "checkpoint", "pictures"}  # settings that change no weight
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +62,8 @@ def retrain(
         pipe: the pruned pipeline; its denoiser keeps class, shapes, dtype and device.
         data: folders of `trajectory.record`, of the dense model that it was pruned from.
         settings: a recipe of the section `retrain`.
-        scratch: file for the state of an unfinished run, which is continued from there.
+        scratch: file for the state of an unfinished run, which is continued from there; sheets of
+            pictures are drawn beside it. None: neither.
 
     Raises:
         UserError: the data are of another model or there are too few, a rank above the layers'
@@ -72,7 +75,8 @@ def retrain(
     dtype, dense = denoiser.dtype, dense_fingerprint(pipe)
     learned, held_out = _split(read(data, pipe, dense))
     with _recomputed(denoiser, settings), trainable(denoiser, settings) as parameters:
-        updates = Updates(denoiser, learned, held_out, settings, parameters, dtype)
+        draw = _sheets(pipe, held_out[0], settings, scratch)
+        updates = Updates(denoiser, learned, held_out, settings, parameters, dtype, draw)
         identity = {
             "code": code_hash("retrain"),
             "settings": settings.model_dump(exclude=COST_ONLY),
@@ -94,6 +98,16 @@ def retrain(
     table = pd.DataFrame(history, columns=list(COLUMNS))
     _say_best(table, updates.lowest)
     return Retrained(table, adapter)
+
+
+def _sheets(
+    pipe: DiffusionPipeline, batch: Trajectory, settings: RetrainSettings, scratch: Path | None
+) -> Callable[[int], None]:
+    """What draws pictures as a model is retrained; nothing where there is no place for them."""
+    if scratch is None or not settings.pictures or not Workers(pipe.device).is_first:
+        return lambda step: None
+    folder = scratch.with_name(f"{scratch.stem.lstrip('.')}.pictures")
+    return Sheets(pipe, batch, settings.pictures, folder).draw
 
 
 def _split(batches: list[Trajectory]) -> tuple[list[Trajectory], list[Trajectory]]:

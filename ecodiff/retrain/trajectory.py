@@ -81,7 +81,8 @@ def record(
             noise = starting_noise(pipe, list(seeds[rows]), call)
             z0 = None if pictures is None else _latents(pipe, pictures[rows], call)
             steps = dense_steps(pipe, embeds, noise, call, leader and denoiser_of(leader), z0)
-        _write(folder / f"{number:05d}.safetensors", steps, {**origin, "prompts": prompts[rows]})
+        drawn = {"prompts": list(prompts[rows]), "seeds": [int(seed) for seed in seeds[rows]]}
+        _write(folder / f"{number:05d}.safetensors", steps, {**origin, **drawn})
         log.info("trajectory: batch %s of %s", number + 1, count)
 
 
@@ -112,12 +113,15 @@ class Trajectory:
     Attributes:
         path: its file.
         steps: how many calls of the denoiser it holds.
-        prompts: its captions.
+        prompts, seeds: its captions, and the seeds of their starting noise.
+        call: how the pipeline was called.
     """
 
     path: Path
     steps: int
     prompts: list[str]
+    seeds: list[int]
+    call: Call
 
     def step(self, number: int, device: torch.device, dtype: torch.dtype) -> DenseStep:
         """Arguments and prediction of one call; floating-point tensors on a device in a dtype."""
@@ -148,11 +152,12 @@ def read(folders: Sequence[Path], pipe: DiffusionPipeline, dense: str) -> list[T
         try:
             with safe_open(path, framework="pt") as file:
                 info = json.loads(file.metadata()["ecodiff"])
+                call, prompts, seeds = info["call"], info["prompts"], info["seeds"]
                 steps = file.get_slice("prediction").get_shape()[0]
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: truncated, or no trajectory of ecodiff") from error
         check_fingerprint(str(path), info["fingerprint"], dense, pipe, same_denoiser)
-        found.append(Trajectory(path, steps, info["prompts"]))
+        found.append(Trajectory(path, steps, prompts, seeds, call))
     if not found:
         raise UserError(f"{', '.join(map(str, folders))}: holds no trajectory")
     return found

@@ -43,6 +43,7 @@ class Updates:
         settings: the recipe.
         parameters: what is trained.
         dtype: what the model computes in.
+        on_check: called with the number of steps made, whenever held-out data are looked at.
     """
 
     def __init__(
@@ -53,9 +54,10 @@ class Updates:
         settings: RetrainSettings,
         parameters: Parameters,
         dtype: torch.dtype,
+        on_check: Callable[[int], None] = lambda step: None,
     ) -> None:
         self.denoiser, self.settings, self.parameters = denoiser, settings, parameters
-        self.dtype = dtype
+        self.dtype, self.on_check = dtype, on_check
         self.workers = Workers(denoiser.device)
         self.places = _places(learned)
         found = _places(held_out)
@@ -86,6 +88,7 @@ class Updates:
             state.path = None
         if found is None:
             self.lowest = self._held_out()
+            self.on_check(0)
             return []
         self.lowest = found["lowest"]
         if self.average:
@@ -129,7 +132,7 @@ class Updates:
             self.average.step(self.parameters.values())
         last, held_out = step + 1 == self.settings.steps, math.nan
         if last or (step + 1) % max(1, self.settings.steps // CHECKS) == 0:
-            held_out = self._check()
+            held_out = self._check(step + 1)
         seconds = row["seconds"] + time.perf_counter() - started
         return {**row, "held_out": held_out, "lr": lr, "seconds": seconds}
 
@@ -140,10 +143,11 @@ class Updates:
             value.copy_(self.best[name])
 
     @torch.no_grad()
-    def _check(self) -> float:
+    def _check(self, step: int) -> float:
         """The loss on held-out data; what is better than all before is kept."""
         with self._averaged():
             found = self._held_out()
+            self.on_check(step)
             if found < self.lowest:
                 self.lowest = found
                 for name, value in self.parameters.items():
