@@ -90,14 +90,6 @@ def test_a_mask_of_an_older_version_is_refused(tmp_path):
         Mask.load(path)
 
 
-def test_masks_are_of_dense_models():
-    pruned = tiny("flux")
-    prune(pruned, make_mask(pruned, "random", 0.2)[0])
-    for make in (lambda: make_mask(pruned, "random", 0.1), lambda: score(pruned, "magnitude")):
-        with pytest.raises(UserError, match="is pruned already"):
-            make()
-
-
 @pytest.mark.parametrize("method", ["magnitude", "ecodiff"])
 def test_a_calibration_of_another_model_is_refused(pipe, method):
     other = calibrate(tiny("flux", seed=1), ["a ring", "a box"], [0, 1], CALLS["flux"], 2)
@@ -220,18 +212,6 @@ def test_bad_arguments_are_refused_before_anything_runs(untouched, changes, mess
     with pytest.raises(UserError, match=message) as caught:
         learn_mask(untouched, given.pop("prompts"), given.pop("sparsity"), **given)
     assert "\n" not in str(caught.value)
-
-
-def test_a_pruned_model_gives_no_masks():
-    small = tiny("flux")
-    prune(small, make_mask(small, "random", 0.1)[0])
-    for make in (
-        lambda: learn_mask(small, ["a"], 0.01, call=CALLS["flux"]),
-        lambda: make_mask(small, "magnitude", 0.01),
-        lambda: score(small, "magnitude"),
-    ):
-        with pytest.raises(UserError, match="pruned already"):
-            make()
 
 
 @pytest.mark.parametrize("mask", ["mask.safetensors", Path("mask.safetensors")])

@@ -125,10 +125,7 @@ def test_adapters_load_on_top(loaded, tmp_path):
     torch.testing.assert_close(z0(pipe, family), tuned)
 
 
-def test_a_wrapped_or_pruned_denoiser_is_refused(loaded):
-    _, pipe = loaded
-    with pytest.raises(UserError, match="pruned already"):
-        ecodiff.prune(pipe, {})
+def test_a_denoiser_with_adapters_is_refused():
     dense = tiny("sdxl")
     dense.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
     with pytest.raises(UserError, match="adapters must be merged"):

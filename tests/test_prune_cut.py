@@ -234,10 +234,3 @@ def test_a_mask_of_another_model_is_refused(mask, message):
     with pytest.raises(UserError, match=message):
         ecodiff.prune(pipe, mask)
     assert type(pipe.transformer) is before
-
-
-def test_a_pruned_model_is_not_pruned_again():
-    pipe = tiny("flux")
-    ecodiff.prune(pipe, {})
-    with pytest.raises(UserError, match="pruned already"):
-        ecodiff.prune(pipe, {})

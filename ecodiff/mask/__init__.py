@@ -26,8 +26,7 @@ from ecodiff.mask.prices import Prices, budgeted, prices_of
 from ecodiff.mask.select import check_scores, limits_of, removed_share, select
 from ecodiff.mask.sensitivity import closed_means
 from ecodiff.models.identity import OLD, same_denoiser
-from ecodiff.models.pipelines import check_fingerprint, fingerprint, name_of
-from ecodiff.models.pruned import Pruned
+from ecodiff.models.pipelines import check_fingerprint, fingerprint
 from ecodiff.models.structures import (
     Structure,
     count_parameters,
@@ -155,10 +154,8 @@ def score(
         Structure name -> fp32 (units,), higher is more important.
 
     Raises:
-        UserError: an unknown method, no calibration or sparsity where the method needs one, or the
-            model is pruned already.
+        UserError: an unknown method, or no calibration or sparsity where the method needs one.
     """
-    _refuse_pruned(pipe)
     request = Request(seed, read_settings(MaskSettings, settings), calibration, sparsity)
     return scored(pipe, method, request)[0]
 
@@ -253,11 +250,6 @@ def learn_mask(
     return make_mask(pipe, "ecodiff", sparsity, calibration=calibration, settings=settings)[0]
 
 
-def _refuse_pruned(pipe: DiffusionPipeline) -> None:
-    if isinstance(denoiser_of(pipe), Pruned):
-        raise UserError("mask: the denoiser is pruned already; masks are those of the dense model")
-
-
 def _check_target(
     pipe: DiffusionPipeline,
     sparsity: float,
@@ -288,8 +280,3 @@ def _selected(
     exact = removed_share(structures, kept, total)
     info = {**info, "target": sparsity, "sparsity": exact, "parameters": count_parameters(denoiser)}
     return Mask(found, kept, fingerprint(pipe), info)
-
-
-def _refuse_pruned(pipe: DiffusionPipeline) -> None:
-    if isinstance(denoiser_of(pipe), Pruned):
-        raise UserError(f"mask: {name_of(pipe)} is pruned already; masks are of dense models")

@@ -65,8 +65,14 @@ class ScatterLinear(nn.Module):
         self.channels = linear.out_features
         self.rows = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
         self.rows.weight, self.bias = linear.weight, linear.bias
+        places = torch.arange(self.channels, device=linear.weight.device)
+        self.register_buffer("index", places)
+        self.keep(kept)
+
+    def keep(self, kept: Tensor) -> None:
+        """Keep some of the channels that are left; the others give only their bias."""
         take(self.rows, 0, kept)
-        self.register_buffer("index", kept.to(linear.weight.device, copy=True))
+        self.index = self.index[kept.to(self.index.device)]
 
     def forward(self, input: Tensor) -> Tensor:
         """Map (..., in) to (..., out), in the dtype that the matrix product has."""

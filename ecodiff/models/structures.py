@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ecodiff.models.libraries import plain
+from ecodiff.models.pruned import LowRankLinear, NoHeads, ScatterLinear
 from ecodiff.runtime.errors import UserError
 
 Kind = Literal["heads", "neurons", "modulation"]
@@ -241,6 +242,8 @@ def _parallel_neurons(name: str, block: nn.Module, denoiser: nn.Module) -> Struc
     if not _is_parallel(block):
         return None
     inner = block.proj_mlp.out_features
+    if not inner:
+        return None
     consumers = [Port(f"{name}.proj_out", (block.proj_out.in_features - inner,))]
     producers = [Port(f"{name}.proj_mlp")]
     return _structure(name, "neurons", inner, 1, producers, consumers, denoiser)
@@ -262,7 +265,10 @@ def _modulation_linear(name: str, module: nn.Module) -> str | None:
     inner = "linear"
     if isinstance(module, nn.Sequential) and "mod" in name.rpartition(".")[2].lower():
         inner, beside = str(len(module) - 1), True
-    return f"{name}.{inner}" if beside and _linear(module, inner) is not None else None
+    if isinstance(module._modules.get(inner), ScatterLinear):
+        inner += ".rows"  # of an earlier pruning
+    linear = _linear(module, inner) if beside else None
+    return f"{name}.{inner}" if linear is not None and linear.out_features else None
 
 
 def _directions(name: str, module: nn.Module, denoiser: nn.Module) -> Structure | None:
@@ -272,7 +278,7 @@ def _directions(name: str, module: nn.Module, denoiser: nn.Module) -> Structure 
         (f"{name}.{n}" for n in ("time_emb_proj", "time_proj") if _linear(module, n) is not None),
         None,
     )
-    if path is None:
+    if path is None or path.endswith(".rows"):
         return None
     linear = denoiser.get_submodule(path)
     rows, columns = linear.weight.shape
@@ -333,9 +339,11 @@ def _is_parallel(block: nn.Module) -> bool:
     """Whether attention and MLP run in parallel into one packed `proj_out` = [heads | mlp]."""
     mlp, out = _linear(block, "proj_mlp"), _linear(block, "proj_out")
     query = _linear(block, "attn.to_q")
-    if mlp is None or out is None or query is None or _linear(block, "attn.to_out.0") is not None:
+    if mlp is None or out is None or _linear(block, "attn.to_out.0") is not None:
         return False
-    return out.in_features == query.out_features + mlp.out_features
+    if query is None and not isinstance(block._modules.get("attn"), NoHeads):
+        return False
+    return out.in_features == mlp.out_features + (query.out_features if query is not None else 0)
 
 
 def _norms_are_per_head(attention: nn.Module, width: int) -> bool:
@@ -349,11 +357,12 @@ def _unfit(denoiser: nn.Module, structures: list[Structure]) -> list[str]:
 
     A transformer block is the parent of an attention. Such layers are linears or convolutions wired
     in an unknown way, fused projections, layers of an adapter or a quantiser in the place of a
-    linear, or what an earlier pruning left. If they were ignored, sparsity would not compare
+    linear. If they were ignored, sparsity would not compare
     between models.
     """
     known = {port.module for s in structures for port in (*s.producers, *s.consumers)}
     known |= {s.directions_of for s in structures} | _whole_attentions(denoiser)
+    known |= _cut_before(denoiser)
     blocks = tuple(
         name.rpartition(".")[0].rpartition(".")[0] + "."
         for name, _ in denoiser.named_modules()
@@ -378,6 +387,20 @@ def _whole_attentions(denoiser: nn.Module) -> set[str]:
         for inner, part in module.named_modules()
         if isinstance(part, nn.Linear)
     }
+
+
+def _cut_before(denoiser: nn.Module) -> set[str]:
+    """Names of layers that an earlier pruning left, and of which no more can go in the same way:
+    linears of low rank, rows of scattered ones, and what has no rows or columns."""
+    owners = (LowRankLinear, ScatterLinear)
+    modules = dict(denoiser.named_modules())
+    inner = {
+        f"{name}.{part}"
+        for name, module in modules.items()
+        if isinstance(module, owners)
+        for part in module._modules
+    }
+    return inner | {n for n, m in modules.items() if _has_matrix(m) and not m.weight.numel()}
 
 
 def _has_matrix(module: nn.Module) -> bool:

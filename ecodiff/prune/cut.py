@@ -40,10 +40,10 @@ def prune(
     Without `data` the pruned model computes exactly what the dense one computes with the mask as
     0/1 gates. With `data`, surviving weights of consumers are re-solved by least squares, and
     removed modulation channels give their calibration mean. The denoiser's class becomes
-    `ecodiff.Pruned<Class>`.
+    `ecodiff.Pruned<Class>`. A pruned pipeline may be pruned again, with a mask that was made of it.
 
     Args:
-        pipe: a dense pipeline.
+        pipe: the pipeline.
         mask: a `Mask`, or structure name -> bool (units,), true for units that stay. Structures
             that are not named stay whole.
         data: what to compensate with: the dense model's `Grams` solve all linears at once, see
@@ -52,12 +52,10 @@ def prune(
         settings: ridge, groups and batch size of the compensation.
 
     Raises:
-        UserError: the denoiser is offloaded or pruned already, mask or data are of another model,
-            or a mapping doesn't fit its structures.
+        UserError: the denoiser is offloaded, mask or data are of another model, or a mapping
+            doesn't fit its structures.
     """
     denoiser = denoiser_of(pipe)
-    if isinstance(denoiser, Pruned):
-        raise UserError("the denoiser is pruned already; prune the dense model with a larger mask")
     refuse_offloaded(denoiser, "prune")
     kept = getattr(mask, "kept", mask)
     if not isinstance(kept, Mapping):
@@ -87,10 +85,13 @@ def prune(
     # linears, which it does not touch, are left to set.
     means = getattr(mask, "means", {}) if data is None else of_modulation(structures, data.means)
     leave_means(denoiser, structures, kept, means)
-    record = narrow(denoiser, structures, kept)
-    record["ranks"] = factorise(denoiser, structures, kept, bases)
-    denoiser.__class__ = pruned_class(type(denoiser))
-    denoiser.register_to_config(pruned={**record, "dense": dense})
+    before = denoiser.config["pruned"] if isinstance(denoiser, Pruned) else {"dense": dense}
+    record = {**before, **narrow(denoiser, structures, kept, before)}
+    ranks = factorise(denoiser, structures, kept, bases)
+    record["ranks"] = {**before.get("ranks", {}), **ranks}
+    if not isinstance(denoiser, Pruned):
+        denoiser.__class__ = pruned_class(type(denoiser))
+    denoiser.register_to_config(pruned=record)
     # The pipeline's config names the dense class; setting the component records the new one.
     name = next(n for n, component in pipe.components.items() if plain(component) is denoiser)
     setattr(pipe, name, denoiser)

@@ -9,61 +9,76 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ecodiff.models.pruned import ScatterLinear, packed, set_heads, take
+from ecodiff.models.pruned import ScatterLinear, packed, set_heads, take, unpacked
 from ecodiff.models.structures import Structure
 
 
 def narrow(
-    denoiser: nn.Module, structures: Iterable[Structure], kept: Mapping[str, Tensor]
+    denoiser: nn.Module,
+    structures: Iterable[Structure],
+    kept: Mapping[str, Tensor],
+    before: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """Cut the linears of a dense denoiser in place.
+    """Cut the linears of a denoiser in place.
 
     Args:
-        denoiser: the dense denoiser; any device, including `meta`.
+        denoiser: the denoiser; any device, including `meta`.
         structures: its structures.
         kept: structure name -> int64 (k,), indices of the units that stay, ascending; k may be 0.
             Structures that are not named stay whole.
+        before: what an earlier pruning returned.
 
     Returns:
         The entry `pruned` of the denoiser's config, see `ecodiff.models.pruned`.
     """
     structures = [s for s in structures if s.name in kept]
-    scattered, heads = [], {}
-    stays: dict[str, dict[str, str]] = defaultdict(dict)
+    scattered, heads = [*before.get("scattered", ())], dict(before.get("heads", {}))
+    stays = defaultdict(dict, {name: dict(sides) for name, sides in before.get("kept", {}).items()})
+
+    def cut(module: str, side: str, places: Tensor) -> None:
+        """Cut rows or columns, and note which ones of the dense layer are left."""
+        layer, dim = denoiser.get_submodule(module), ("rows", "columns").index(side)
+        sides, size = stays[module], layer.weight.shape[dim]
+        now = unpacked(sides[side]) if side in sides else torch.ones(size, dtype=torch.bool)
+        left = now.nonzero().flatten()[places.cpu()]
+        sides[side] = packed(torch.zeros_like(now).index_fill(0, left, True))
+        take(layer, dim, places)
+
     for module, columns in consumer_columns(denoiser, structures, kept).items():
-        linear = denoiser.get_submodule(module)
-        stays[module]["columns"] = packed(_among(linear.weight.shape[1], columns))
-        take(linear, 1, columns)
+        cut(module, "columns", columns)
     for structure in structures:
         units = kept[structure.name]
         for port in structure.producers:
-            rows, linear = structure.columns(port, units), denoiser.get_submodule(port.module)
+            rows = structure.columns(port, units)
             if structure.kind == "modulation":
-                denoiser.set_submodule(port.module, ScatterLinear(linear, rows))
-                scattered.append(port.module)
+                scattered += _scatter(denoiser, port.module, rows)
             else:
-                stays[port.module]["rows"] = packed(_among(linear.weight.shape[0], rows))
-                take(linear, 0, rows)
+                cut(port.module, "rows", rows)
         if structure.kind == "heads":
             owner = structure.name.removesuffix(".heads")
             set_heads(denoiser, owner, len(units))
             heads[owner] = len(units)
     layers = dict(denoiser.named_modules())
-    ports = {port.module for s in structures for port in (*s.producers, *s.consumers)}
     # The q, k and v projections of an attention without heads no longer exist.
-    parts = {name: layers[name] for name in sorted(ports & layers.keys())}
-    shapes = {n: list(getattr(part, "rows", part).weight.shape) for n, part in parts.items()}
+    names = sorted({*scattered, *stays} & layers.keys())
+    shapes = {n: list(getattr(layers[n], "rows", layers[n]).weight.shape) for n in names}
     return {"shapes": shapes, "scattered": scattered, "heads": heads, "kept": dict(stays)}
 
 
-def _among(size: int, places: Tensor) -> Tensor:
-    """Bool (size,), true at the given places."""
-    return torch.zeros(size, dtype=torch.bool).index_fill(0, places.cpu(), True)
+def _scatter(denoiser: nn.Module, module: str, rows: Tensor) -> list[str]:
+    """Keep some output channels of a modulation linear. Returns its name if it was dense before."""
+    owner = denoiser.get_submodule(module.removesuffix(".rows"))
+    if isinstance(owner, ScatterLinear):
+        owner.keep(rows)
+        return []
+    denoiser.set_submodule(module, ScatterLinear(owner, rows))
+    return [module]
 
 
 def consumer_columns(
