@@ -188,7 +188,6 @@ def make_mask(
     """
     settings = read_settings(MaskSettings, settings)
     denoiser = denoiser_of(pipe)
-    _refuse_pruned(pipe)
     if calibration is not None:
         calibration.check(pipe)
     by_rank = method in METHODS and METHODS[method].by_rank and settings.modulation == "rank"
@@ -243,7 +242,6 @@ def learn_mask(
         settings = {"batch": max(1, min(MaskSettings().batch, len(prompts))), **(settings or {})}
     settings = read_settings(MaskSettings, settings)
     seeds = list(range(len(prompts))) if seeds is None else list(seeds)
-    _refuse_pruned(pipe)
     if settings.budget == "parameters":  # others are known after the calibration
         _check_target(pipe, sparsity, settings, discover(pipe, settings.modulation))
     calibration = calibrate(pipe, prompts, seeds, dict(call or {}), settings.batch)
