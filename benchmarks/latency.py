@@ -28,7 +28,7 @@ def main() -> None:
     """Print one table, a row a budget."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--budgets", nargs="+", type=float, default=[0.05, 0.1, 0.15])
-    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--rounds", type=int, default=11)
     asked = parser.parse_args()
     pipe = middle()
     pipe.set_progress_bar_config(disable=True)
