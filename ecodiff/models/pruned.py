@@ -346,7 +346,7 @@ class Pruned:
         cut, made_for = {}, set()
         for part, value in tensors.items():
             side, dim = _CUTS.get(part.partition(".")[0], ("", 0))
-            if kept and (not side or ("magnitude" in part and "columns" in kept)):
+            if kept and (not side or ("magnitude_vector" in part and "columns" in kept)):
                 raise ValueError(f"adapter: {name}.{part} can't be cut, only plain LoRA can")
             stays, size = kept.get(side), value.shape[dim] if value.ndim else 0
             if stays is not None:
