@@ -41,7 +41,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2
 MinJobAge=3600
-KillWait=5
+KillWait=10
 OverTimeLimit=0
 GresTypes=gpu
 StateSaveLocation={state}/ctld
