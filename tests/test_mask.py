@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny import CALLS, tiny
+from tiny import CALLS, calibrated, tiny
 
 from ecodiff.calibrate import calibrate
 from ecodiff.config.methods import METHODS, Method
@@ -224,3 +224,13 @@ def test_a_mask_of_another_family_does_not_prune(pipe):
     mask, _ = make_mask(tiny("sdxl"), "random", 0.1)
     with pytest.raises(UserError, match="was made of another model"):
         prune(pipe, mask)
+
+
+def test_what_is_excluded_is_not_learned_and_stays():
+    pipe, calibration = calibrated("flux")
+    settings = {"iterations": 2, "batch": 2, "exclude": ["*.ff_context.*", "single_*"]}
+    mask, _ = make_mask(pipe, "ecodiff", 0.1, calibration=calibration, settings=settings)
+    whole = {n for n in mask.kept if ".ff_context." in n or n.startswith("single_")}
+    assert len(whole) > 4 and all(mask.kept[name].all() for name in whole)
+    assert all(mask.scores[name].isinf().all() == (name in whole) for name in mask.scores)
+    mask.check(pipe)

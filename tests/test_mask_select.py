@@ -137,6 +137,52 @@ def test_aligned_neurons_are_ranked_by_their_mean():
     assert found["b.neurons"].tolist() == [False, False]
 
 
+def test_aligned_heads_leave_a_multiple_of_columns():
+    """Heads of four columns go in pairs for a multiple of eight, once their number is even."""
+    six = Structure("s.heads", "heads", 6, 4, (), (), unit_parameters=10)
+    odd = Structure("o.heads", "heads", 3, 4, (), (), unit_parameters=10)
+    scores = {"s.heads": torch.arange(6.0), "o.heads": torch.arange(3.0) + 100}
+
+    def left(sparsity):
+        found = select([six, odd], scores, sparsity, 100, align=8)
+        return [int(found[name].sum()) for name in scores]
+
+    assert [left(s) for s in (0.01, 0.3, 0.6, 0.61, 0.75)] == [
+        [4, 3],
+        [2, 3],
+        [0, 3],
+        [0, 2],
+        [0, 0],
+    ]
+
+
+def test_what_is_excluded_stays_whole():
+    assert kept(0.1, exclude=["a.*"])[0] == [True] * 3
+    assert kept(0.1, exclude=["?.neurons"]) == ([True, False, True], [True] * 4)
+    with pytest.raises(UserError, match=r"0 to 0\.1200"):
+        kept(0.2, exclude=["a.*"])
+
+
+def test_limits_are_shares_of_each_structure():
+    assert kept(0.26, limits={"neurons": 0.5, "heads": 0.67}) == (
+        [False, False, True],
+        [False, False, True, True],
+    )
+    assert kept(0.10, limits={"heads": 0.3}) == ([True, True, True], [False] * 4)
+    assert kept(0.12, limits={"heads": 1 / 3, "b.*": 0.25}) == (
+        [True, False, True],
+        [True, False, True, True],
+    )
+    with pytest.raises(UserError, match=r"0 to 0\.1300"):
+        kept(0.2, limits={"heads": 1 / 3, "b.*": 0.5, "*": 0.34})
+
+
+def test_a_pattern_that_means_nothing_is_refused():
+    for options in ({"exclude": ["c.*"]}, {"limits": {"c.*": 0.5}}):
+        with pytest.raises(UserError, match=r"'c\.\*' means no structure .* a.heads, b.neurons"):
+            kept(0.1, **options)
+
+
 def test_infinite_scores_rank_but_nan_does_not():
     scores = {**SCORES, "b.neurons": torch.tensor([float("inf"), float("-inf"), 0, 0])}
     assert kept(0.03, scores)[1] == [True, False, True, True]

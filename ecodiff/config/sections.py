@@ -302,8 +302,16 @@ class MaskSettings(Settings):
     """Minimum number of units that each structure keeps; 0: a structure may be removed as a whole.
     Larger values lower the sparsity that is possible."""
     align: Literal[1, 8, 16, 64] = 1
-    """Feed-forwards that lose neurons keep a multiple of this many, because tensor cores are slow
-    at other widths. 1: no alignment. Larger values follow the scores less closely."""
+    """Linears that lose neurons or heads keep a multiple of this many rows or columns, because
+    tensor cores are slow at other widths. 1: no alignment. Larger values follow the scores less
+    closely."""
+    exclude: list[str] = []
+    """Structures that stay whole, by patterns of their names with * and ?, such as
+    `*.ff_context.*`; `ecodiff.discover` lists the names."""
+    limits: dict[str, Annotated[float, Field(ge=0, le=1)]] = {}
+    """The largest share of its units that a structure may lose, by kind (heads, neurons,
+    modulation) or by pattern, such as `{heads: 0.5, "transformer_blocks.0.*": 0.1}`; where several
+    fit, the lowest counts. Lower values lower the sparsity that is possible."""
     seed: Seed = 0
     """Of gate noise, order of prompts, the signs of `sensitivity`, and the methods that draw random
     numbers."""

@@ -20,6 +20,7 @@ from ecodiff.calibrate import Calibration
 from ecodiff.config.sections import MaskSettings
 from ecodiff.mask.learner import Learner
 from ecodiff.mask.prices import Prices
+from ecodiff.models.structures import discover
 from ecodiff.runtime.code import code_hash
 from ecodiff.runtime.errors import UserError
 from ecodiff.runtime.optimise import optimise
@@ -88,7 +89,10 @@ def learn_mask(
         history = optimise(
             learner, state, settings.iterations, settings.save_every, describe, stage="mask"
         )
-    scores = {name: logits.detach().cpu().clone() for name, logits in learner.gates.logits.items()}
+    logits = {name: value.detach().cpu().clone() for name, value in learner.gates.logits.items()}
+    # What is excluded was not learned.
+    whole = {s.name: torch.full((s.units,), torch.inf) for s in discover(pipe, settings.modulation)}
+    scores = whole | logits
     return scores, pd.DataFrame(history, columns=list(COLUMNS))
 
 

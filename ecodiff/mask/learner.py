@@ -15,7 +15,7 @@ from ecodiff.calibrate import Calibration
 from ecodiff.config.sections import MaskSettings
 from ecodiff.mask.objective import Budget, Objective, Penalty, distortion, expected_sparsity
 from ecodiff.mask.prices import Prices, budgeted
-from ecodiff.mask.select import limits_of, select
+from ecodiff.mask.select import limits_of, matching, select
 from ecodiff.mask.sensitivity import closed_means, costs_of_share, first_logits, sensitivity
 from ecodiff.models.structures import (
     Structure,
@@ -73,6 +73,8 @@ class Learner:
                 f" repeat; at most {count // self.workers.count} a process"
             )
         structures, self.total = budgeted(pipe, settings.modulation, prices)
+        whole = {name for pattern in settings.exclude for name in matching(structures, pattern)}
+        structures = [s for s in structures if s.name not in whole]
         first = 0.0 if settings.first_logit == "sensitivity" else settings.first_logit
         means = closed_means(settings, self.calibration)
         bases = bases_of(self.denoiser, structures, self.calibration.moments)
@@ -194,7 +196,7 @@ class Learner:
     def _to_remove(self) -> Tensor:
         """The units that the present logits would remove: bool (all units,), on the CPU."""
         logits = {name: value.detach() for name, value in self.gates.logits.items()}
-        limits = limits_of(self.settings)
+        limits = limits_of(self.settings) | {"exclude": ()}  # those have no gates
         kept = select(self.gates.structures, logits, self.sparsity, self.total, **limits)
         return ~torch.cat([*kept.values()])
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from numbers import Real
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -27,14 +29,16 @@ def select(
     floor: int = 0,
     align: int = 1,
     budget: str = "parameters",
+    exclude: Sequence[str] = (),
+    limits: Mapping[str, float] = MappingProxyType({}),
 ) -> dict[str, Tensor]:
     """Remove the units with the lowest scores until `sparsity` of all parameters is removed
     (EcoDiff, "ranking").
 
     Removed parameters reach the target and overshoot it by less than one unit, or one group of
-    `align` neurons. Directions of a linear's input pay only once enough of them are gone: these
-    go as one group, ranked by their mean score. Units with equal scores are removed in the order
-    of structures, then of units.
+    units that `align` ties. Directions of a linear's input pay only once enough of them are gone:
+    these go as one group, ranked by their mean score. Units with equal scores are removed in the
+    order of structures, then of units.
 
     Args:
         structures: all structures of the denoiser.
@@ -44,9 +48,12 @@ def select(
         scope: `global` ranks all units against each other; `structure` removes the same share of
             units from each structure.
         floor: minimum number of units that each structure keeps; the highest scores stay.
-        align: neurons are removed in groups, ranked by their mean score, so that a feed-forward
-            that loses any keeps a multiple of `align`; tensor cores are slow at other widths.
-            1: single neurons.
+        align: neurons and heads are removed in groups, ranked by their mean score, so that linears
+            that lose any keep a multiple of `align` rows or columns; tensor cores are slow at other
+            widths. 1: single units.
+        exclude: patterns of names of structures that stay whole, see `matching`.
+        limits: kind or pattern of names -> largest share of its units that a structure loses; where
+            several fit, the lowest counts.
         budget: what is counted, as errors call it; see `prices` for others than parameters.
 
     Returns:
@@ -58,10 +65,10 @@ def select(
     check_scores(structures, scores)
     if not isinstance(sparsity, Real):
         raise UserError(f"sparsity: {sparsity!r} is not a number, such as 0.2")
-    ranked = []
+    ranked, floors = [], _floors(structures, floor, exclude, limits)
     for structure in structures:
         values, order = scores[structure.name].float().cpu().sort(stable=True)
-        index = _groups(structure, floor, align)
+        index = _groups(structure, floors[structure.name], align)
         if scope == "structure":
             values = (torch.arange(len(values)) + 0.5) / structure.units
         ranked.append((structure, order[: len(index)], values[: len(index)], index))
@@ -86,19 +93,43 @@ def select(
 
 def limits_of(settings: MaskSettings) -> dict[str, Any]:
     """The keyword arguments of `select` that the section `mask` sets."""
-    return {
-        "scope": settings.scope,
-        "floor": settings.min_units,
-        "align": settings.align,
-        "budget": settings.budget,
-    }
+    names = ("scope", "align", "budget", "exclude", "limits")
+    return {**{name: getattr(settings, name) for name in names}, "floor": settings.min_units}
+
+
+def matching(structures: Sequence[Structure], pattern: str) -> set[str]:
+    """Names of the structures that a pattern with * and ? means, such as `*.ff_context.*`.
+
+    Raises:
+        UserError: it means none.
+    """
+    found = {s.name for s in structures if fnmatchcase(s.name, pattern)}
+    if not found:
+        names = ", ".join(s.name for s in structures[:3])
+        raise UserError(f"mask: {pattern!r} means no structure of this model; there are {names}...")
+    return found
+
+
+def _floors(
+    structures: Sequence[Structure], floor: int, exclude: Sequence[str], limits: Mapping[str, float]
+) -> dict[str, int]:
+    """Structure name -> how many of its units stay at least."""
+    floors = dict.fromkeys((s.name for s in structures), floor)
+    most = [(matching(structures, pattern), 0.0) for pattern in exclude]
+    for key, share in limits.items():
+        of_kind = {s.name for s in structures if s.kind == key}
+        most.append((of_kind or matching(structures, key), share))
+    for names, share in most:
+        for s in structures:
+            if s.name in names:  # the margin undoes rounding, as in `_count`
+                stays = s.units - math.floor(share * s.units + 1e-6)
+                floors[s.name] = max(floors[s.name], stays)
+    return floors
 
 
 def _groups(structure: Structure, floor: int, align: int) -> Tensor:
     """Group index of each removable unit, from the lowest score up: int64 (removable,)."""
-    if not structure.unit_parameters:  # nothing is won by removing it
-        return torch.arange(0)
-    size = align if structure.kind == "neurons" else 1
+    size = 1 if structure.kind == "modulation" else align // math.gcd(align, structure.width)
     # Size of the first group: it leaves a multiple, or is as many directions as pay.
     first = max(structure.units % size or size, structure.together)
     whole = max(structure.units - floor - first, -size) // size + 1
