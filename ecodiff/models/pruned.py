@@ -19,6 +19,7 @@ they add to a linear of a low rank is added beside it.
 from __future__ import annotations
 
 import base64
+import inspect
 import re
 import shutil
 import zlib
@@ -148,14 +149,17 @@ class NoHeads(nn.Module):
 
     def __init__(self, attention: nn.Module) -> None:
         super().__init__()
-        self.is_joint = getattr(attention, "add_k_proj", None) is not None
+        # Some give both streams though one set of projections reads them joined (CogVideoX).
+        call = type(getattr(attention, "processor", attention)).__call__
+        gives_both = "return hidden_states, encoder_hidden_states" in inspect.getsource(call)
+        self.is_joint = getattr(attention, "add_k_proj", None) is not None or gives_both
         self.residual_connection = getattr(attention, "residual_connection", False)
         self.rescale_output_factor = getattr(attention, "rescale_output_factor", 1.0)
         self.to_out = getattr(attention, "to_out", None)
         self.to_add_out = getattr(attention, "to_add_out", None)
 
     def forward(
-        self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **_: Any
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, *_: Any, **__: Any
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Return the shape of `hidden_states`; in joint attention a pair with that of the text."""
         image = hidden_states
@@ -168,7 +172,8 @@ class NoHeads(nn.Module):
             image = image + hidden_states
         image = image / self.rescale_output_factor
         if self.is_joint and encoder_hidden_states is not None:
-            return image, _project(self.to_add_out, encoder_hidden_states[..., :0])
+            output = self.to_out if self.to_add_out is None else self.to_add_out
+            return image, _project(output, encoder_hidden_states[..., :0])
         return image
 
 
@@ -463,6 +468,20 @@ def take(layer: nn.Linear | nn.Conv2d, dim: int, kept: Tensor) -> None:
         layer.__class__ = NoChannels
 
 
+def tell_block(denoiser: nn.Module, name: str, dense: int) -> None:
+    """Tell a parallel block how wide its MLP is, if it splits gate and value by that (Ovis).
+
+    Args:
+        denoiser: whose linear `name` has lost rows.
+        dense: the rows it had.
+    """
+    owner, _, last = name.rpartition(".")
+    block = denoiser.get_submodule(owner)
+    if last == "proj_mlp" and hasattr(block, "mlp_hidden_dim"):
+        rows = denoiser.get_submodule(name).out_features
+        block.mlp_hidden_dim = block.mlp_hidden_dim * rows // dense
+
+
 def largest_rank(rows: int, columns: int) -> int:
     """The largest rank at which two linears have fewer weights than one of (rows, columns)."""
     return (rows * columns - 1) // (rows + columns)
@@ -475,14 +494,17 @@ def set_heads(denoiser: nn.Module, name: str, heads: int) -> None:
     if heads == 0:
         denoiser.set_submodule(name, NoHeads(attention))
         return
-    inner = heads * (attention.inner_dim // attention.heads)
+    dense = attention.inner_dim
+    inner = heads * (dense // attention.heads)
     for attribute, value in (
         ("heads", heads),
         ("sliceable_head_dim", max(2, heads)),  # by default diffusers takes half of it
         ("inner_dim", inner),
         ("inner_kv_dim", inner),
+        # What is as wide as all heads follows them: OmniGen lays its heads out by it.
+        ("out_dim", inner if getattr(attention, "out_dim", 0) == dense else None),
     ):
-        if hasattr(attention, attribute):
+        if value is not None and hasattr(attention, attribute):
             setattr(attention, attribute, value)
 
 
@@ -503,6 +525,7 @@ def _apply(model: nn.Module, record: Mapping[str, Any]) -> None:
             model.set_submodule(name, ScatterLinear(layer, rows))
         elif len(rows) < dense[0]:
             take(layer, 0, rows)
+            tell_block(model, name, dense[0])
         if len(columns) < dense[1]:
             take(layer, 1, columns)
     for name, rank in record.get("ranks", {}).items():

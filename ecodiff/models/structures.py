@@ -28,7 +28,23 @@ from ecodiff.runtime.errors import UserError
 Kind = Literal["heads", "neurons", "modulation"]
 Modulation = Literal["channels", "rank"]
 
+_BESIDE = ("norm", "silu", "nonlinearity")  # what AdaLN's `linear` has beside it
 _PROJECTIONS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
+_NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k", "q_norm", "k_norm")
+# The linears of feed-forwards: the first one or two read the input, the last reads the neurons.
+_FEED_FORWARDS = (
+    ("net.0.proj", "net.2"),
+    ("w1", "w3", "w2"),  # Llama, Z-Image
+    ("gate_proj", "up_proj", "down_proj"),
+    ("gate_proj", "up_proj", "linear_fc2"),  # ERNIE-Image
+    ("linear_1", "linear_2", "out_projection"),  # AuraFlow
+    ("linear_1", "linear_3", "linear_2"),  # Lumina 2
+    ("gate_up_proj", "down_proj"),  # OmniGen
+    ("linear_in", "linear_out"),  # FLUX.2
+    ("ff_in", "ff_out"),  # MiniMax
+    ("ffn.0", "ffn.2"),  # Wan Animate 2
+    ("ff.0", "ff.3"),  # LongCat
+)
 
 
 @dataclass(frozen=True)
@@ -185,6 +201,8 @@ def _heads(name: str, attention: nn.Module, denoiser: nn.Module) -> Structure | 
     width = inner_dim // heads
     if inner_dim % heads or not _norms_are_per_head(attention, width):
         return None
+    if _positions_are_by_head(denoiser):
+        return None
     parent, _, _ = name.rpartition(".")
     if _is_parallel(denoiser.get_submodule(parent)):
         consumers = [Port(f"{parent}.proj_out")]
@@ -198,28 +216,22 @@ def _heads(name: str, attention: nn.Module, denoiser: nn.Module) -> Structure | 
 
 
 def _feed_forward(name: str, module: nn.Module, denoiser: nn.Module) -> Structure | None:
-    """FFN `net = [activation(proj), dropout, linear]`; GEGLU's proj has two halves of rows."""
-    first, second = _linear(module, "net.0.proj"), _linear(module, "net.2")
-    if first is None or second is None or second.in_features < 1:
-        return None
-    inner = second.in_features
-    halves, rest = divmod(first.out_features, inner)
-    if rest or halves not in (1, 2):
-        return None
-    producers = [Port(f"{name}.net.0.proj", tuple(i * inner for i in range(halves)))]
-    return _structure(name, "neurons", inner, 1, producers, [Port(f"{name}.net.2")], denoiser)
-
-
-def _gated_feed_forward(name: str, module: nn.Module, denoiser: nn.Module) -> Structure | None:
-    """FFN `w2(silu(w1 x) * w3 x)`, as in Llama and Z-Image."""
-    first, second, third = (_linear(module, n) for n in ("w1", "w2", "w3"))
-    if first is None or second is None or third is None:
-        return None
-    inner = second.in_features
-    if not first.out_features == third.out_features == inner:
-        return None
-    producers = [Port(f"{name}.w1"), Port(f"{name}.w3")]
-    return _structure(name, "neurons", inner, 1, producers, [Port(f"{name}.w2")], denoiser)
+    """FFN of two linears or, gated as in Llama, three; the first may hold value and gate."""
+    for *firsts, last in _FEED_FORWARDS:
+        first = [_linear(module, n) for n in firsts]
+        second = _linear(module, last)
+        if second is None or second.in_features < 1 or None in first:
+            continue
+        inner = second.in_features
+        halves, rest = divmod(first[0].out_features, inner)
+        if rest or halves not in ((1, 2) if len(first) == 1 else (1,)):
+            continue
+        if any(linear.out_features != halves * inner for linear in first):
+            continue
+        offsets = tuple(i * inner for i in range(halves))
+        producers = [Port(f"{name}.{n}", offsets) for n in firsts]
+        return _structure(name, "neurons", inner, 1, producers, [Port(f"{name}.{last}")], denoiser)
+    return None
 
 
 def _conv_feed_forward(name: str, module: nn.Module, denoiser: nn.Module) -> Structure | None:
@@ -237,15 +249,27 @@ def _conv_feed_forward(name: str, module: nn.Module, denoiser: nn.Module) -> Str
     return _structure(name, "neurons", inner, 1, producers, consumers, denoiser)
 
 
+def _low_rank_modulation(name: str, module: nn.Module, denoiser: nn.Module) -> Structure | None:
+    """AdaLN of two linears with nothing between them, as in Cosmos: the narrow middle is units."""
+    first, second = _linear(module, "linear_1"), _linear(module, "linear_2")
+    is_norm = isinstance(getattr(module, "norm", None), nn.Module)
+    if first is None or second is None or not is_norm:
+        return None
+    if not 0 < first.out_features == second.in_features:
+        return None
+    producers, consumers = [Port(f"{name}.linear_1")], [Port(f"{name}.linear_2")]
+    return _structure(name, "neurons", second.in_features, 1, producers, consumers, denoiser)
+
+
 def _parallel_neurons(name: str, block: nn.Module, denoiser: nn.Module) -> Structure | None:
     """MLP of a parallel block: its columns follow those of the heads in the packed `proj_out`."""
     if not _is_parallel(block):
         return None
-    inner = block.proj_mlp.out_features
+    inner, halves = _parallel_sizes(block)
     if not inner:
         return None
     consumers = [Port(f"{name}.proj_out", (block.proj_out.in_features - inner,))]
-    producers = [Port(f"{name}.proj_mlp")]
+    producers = [Port(f"{name}.proj_mlp", tuple(i * inner for i in range(halves)))]
     return _structure(name, "neurons", inner, 1, producers, consumers, denoiser)
 
 
@@ -259,10 +283,13 @@ def _modulation(name: str, module: nn.Module, denoiser: nn.Module) -> Structure 
 
 
 def _modulation_linear(name: str, module: nn.Module) -> str | None:
-    """The name of AdaLN's linear: `linear`, in a module that also has a `norm` or `silu`, or the
+    """The name of AdaLN's linear: `linear`, in a module that also has a norm or activation, or the
     last layer of a Sequential with "mod" in its name."""
-    beside = any(isinstance(getattr(module, n, None), nn.Module) for n in ("norm", "silu"))
+    beside = any(isinstance(getattr(module, n, None), nn.Module) for n in _BESIDE)
     inner = "linear"
+    if beside and _linear(module, "linear_1") is not None:  # Mochi
+        inner = "linear_1" if getattr(module, "linear_2", None) is None else inner
+    beside = beside or name.rpartition(".")[2].startswith("adaln")  # MiniMax
     if isinstance(module, nn.Sequential) and "mod" in name.rpartition(".")[2].lower():
         inner, beside = str(len(module) - 1), True
     if isinstance(module._modules.get(inner), ScatterLinear):
@@ -292,8 +319,8 @@ def _directions(name: str, module: nn.Module, denoiser: nn.Module) -> Structure 
 _RECOGNISERS = (
     _heads,
     _feed_forward,
-    _gated_feed_forward,
     _conv_feed_forward,
+    _low_rank_modulation,
     _parallel_neurons,
 )
 
@@ -343,13 +370,26 @@ def _is_parallel(block: nn.Module) -> bool:
         return False
     if query is None and not isinstance(block._modules.get("attn"), NoHeads):
         return False
-    return out.in_features == mlp.out_features + (query.out_features if query is not None else 0)
+    inner, halves = _parallel_sizes(block)
+    return inner >= 0 and halves in (1, 2) and mlp.out_features == halves * inner
+
+
+def _parallel_sizes(block: nn.Module) -> tuple[int, int]:
+    """Neurons of a parallel block, and rows of its `proj_mlp` for each: 2 if it is gated (Ovis)."""
+    query = _linear(block, "attn.to_q")
+    inner = block.proj_out.in_features - (query.out_features if query is not None else 0)
+    return inner, block.proj_mlp.out_features // inner if inner > 0 else 1
 
 
 def _norms_are_per_head(attention: nn.Module, width: int) -> bool:
     """Whether q/k norms act on each head alone; one over all heads changes when a head goes."""
-    norms = (getattr(attention, f"norm_{n}", None) for n in ("q", "k", "added_q", "added_k"))
+    norms = (getattr(attention, n, None) for n in _NORMS)
     return all(p.numel() == width for norm in norms if norm is not None for p in norm.parameters())
+
+
+def _positions_are_by_head(denoiser: nn.Module) -> bool:
+    """Whether the denoiser learns rotary frequencies of each head, (3, heads, ...), as Mochi."""
+    return getattr(denoiser, "pos_frequencies", None) is not None
 
 
 def _unfit(denoiser: nn.Module, structures: list[Structure]) -> list[str]:
@@ -366,24 +406,33 @@ def _unfit(denoiser: nn.Module, structures: list[Structure]) -> list[str]:
     blocks = tuple(
         name.rpartition(".")[0].rpartition(".")[0] + "."
         for name, _ in denoiser.named_modules()
-        if name.rpartition(".")[2] in ("to_q", "to_qkv", "qkv")
+        if (last := name.rpartition(".")[2]) in ("to_q", "q_proj") or "qkv" in last
     )
     return [
         name
         for name, module in denoiser.named_modules()
-        if name.startswith(blocks) and name not in known and _has_matrix(module)
+        if name.startswith(blocks)
+        and name not in known
+        and "emb" not in name  # of time, classes or texts: no part of a transformer block
+        and _has_matrix(module)
     ]
 
 
 def _whole_attentions(denoiser: nn.Module) -> set[str]:
-    """Names of the linears of attentions that cannot lose heads: q/k norms over all heads (Wan)."""
+    """Names of the linears of attentions that cannot lose heads: q/k norms over all heads (Wan),
+    or positions of each head (Mochi)."""
     return {
         f"{name}.{inner}"
         for name, module in denoiser.named_modules()
         if (query := _linear(module, "to_q")) is not None
         and (heads := getattr(module, "heads", 0)) > 0
-        and not _norms_are_per_head(module, query.out_features // heads)
-        and _norms_are_per_head(module, query.out_features)
+        and (
+            _positions_are_by_head(denoiser)
+            or (
+                not _norms_are_per_head(module, query.out_features // heads)
+                and _norms_are_per_head(module, query.out_features)
+            )
+        )
         for inner, part in module.named_modules()
         if isinstance(part, nn.Linear)
     }

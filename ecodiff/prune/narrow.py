@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ecodiff.models.pruned import ScatterLinear, packed, set_heads, take, unpacked
+from ecodiff.models.pruned import ScatterLinear, packed, set_heads, take, tell_block, unpacked
 from ecodiff.models.structures import Structure
 
 
@@ -49,6 +49,8 @@ def narrow(
         left = now.nonzero().flatten()[places.cpu()]
         sides[side] = packed(torch.zeros_like(now).index_fill(0, left, True))
         take(layer, dim, places)
+        if side == "rows":
+            tell_block(denoiser, module, size)
 
     for module, columns in consumer_columns(denoiser, structures, kept).items():
         cut(module, "columns", columns)
