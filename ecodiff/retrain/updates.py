@@ -64,7 +64,8 @@ class Updates:
         self.checked = found[:: max(1, len(found) // CHECKED)][:CHECKED]
         self.optimiser = _optimiser(settings, parameters)
         self.schedule = _schedule(settings)
-        self.best = {name: value.detach().clone() for name, value in parameters.items()}
+        # In host memory: on a GPU it would not fit beside all that is trained.
+        self.best = {name: v.detach().to("cpu", copy=True) for name, v in parameters.items()}
         self.lowest = math.inf
         self.average = EMAModel(parameters.values(), settings.average) if settings.average else None
 
