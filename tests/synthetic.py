@@ -64,12 +64,12 @@ def write_run(
     pd.DataFrame(table).to_parquet(prompts)
     for model in models:
         names = ["dense", *pruned]
-        cost, quality = {}, {}
+        cost = {}
         for name in names:
             variant = Variant.parse(name)
-            quality[name] = _variant(folder / model, model, variant, scenes, rng)
+            quality = _variant(folder / model, model, variant, scenes, rng)
+            (folder / model / name / "quality.json").write_text(json.dumps(quality))
             cost[name] = _cost(variant, rng)
-        (folder / model / "quality.json").write_text(json.dumps(quality))
         (folder / model / "efficiency.json").write_text(json.dumps(cost))
         _mask_cost().to_csv(folder / model / "mask_cost.csv", index=False)
     return Results(folder, {model: ["dense", *pruned] for model in models}, prompts, SHARD)

@@ -118,7 +118,9 @@ def test_the_last_shard_may_be_smaller():
     plan = planned(generate={"shard_size": 4})
     shards = [f"results/small/a/dense/images/{shard}" for shard in range(3)]
     assert plan.shards("a", "dense") == shards
-    assert plan.shards_by_variant("a")[:2] == ["--variant", f"dense={','.join(shards)}"]
+    seen = [f"results/small/a/dense/seen/{shard}.safetensors" for shard in range(3)]
+    assert plan.seen("a", "dense") == seen
+    assert plan.real("a") == plan.real("b") and len(plan.real("a")) == 3
 
 
 def test_variants_of_other_models_are_not_there():

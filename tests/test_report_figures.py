@@ -155,11 +155,9 @@ SEEDED = [f"ecodiff-{p}-s{s}" for p in (10, 30) for s in (1, 2)]
 
 def test_a_point_of_several_seeds_is_their_mean_with_its_deviation(tmp_path: Path) -> None:
     results = write_run(tmp_path, ("toy-flux",), SEEDED)
-    path = tmp_path / "toy-flux/quality.json"
-    judged = json.loads(path.read_text())
     for name, fid in zip(SEEDED, (3.0, 5.0, 10.0, 20.0), strict=True):
-        judged[name]["fid"] = fid
-    path.write_text(json.dumps(judged))
+        path = tmp_path / f"toy-flux/{name}/quality.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"fid": fid}))
     axis = panels(FIGURES["quality"](results, "toy-flux"))["FID ↓"]
     line = next(one for one in axis.get_lines() if one.get_label() == "EcoDiff")
     assert line.get_ydata().tolist() == [4.0, 15.0]

@@ -30,7 +30,7 @@ def test_a_row_for_each_variant_with_the_values_of_its_files(results: Results) -
     assert list(table.index) == ["dense", *PRUNED]
     row = table.loc["ecodiff-20-comp"]
     folder = results.folder / "toy-sdxl"
-    judged = json.loads((folder / "quality.json").read_text())["ecodiff-20-comp"]
+    judged = json.loads((folder / "ecodiff-20-comp/quality.json").read_text())
     cost = json.loads((folder / "efficiency.json").read_text())["ecodiff-20-comp"]
     for metric in QUALITY:
         assert row[metric.key] == judged[metric.key]
@@ -111,13 +111,33 @@ def test_the_printed_table_fits_its_width_without_cuts(results: Results) -> None
 
 def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
     results = write_run(tmp_path, ("toy-sdxl",))
-    path = tmp_path / "toy-sdxl" / "quality.json"
+    path = tmp_path / "toy-sdxl/random-10/quality.json"
     path.write_text("{")
-    with pytest.raises(UserError, match=r"toy-sdxl.quality\.json: cannot be read"):
+    with pytest.raises(UserError, match=r"random-10.quality\.json: cannot be read"):
         main_table(results)
     path.unlink()
-    with pytest.raises(UserError, match=r"toy-sdxl.quality\.json: there is no such file"):
+    with pytest.raises(UserError, match=r"random-10.quality\.json: there is no such file"):
         main_table(results)
+
+
+def test_what_may_be_better_by_chance_alone_is_marked(tmp_path: Path) -> None:
+    """Both variants' FID goes up and down together, so that a small gap is told all the same."""
+    results = write_run(tmp_path, ("toy-flux",), ["ecodiff-20", "random-20", "magnitude-20"])
+    drawn = {"ecodiff": [9.0, 10, 11], "random": [9.5, 10.6, 11.6], "magnitude": [12.0, 9, 10]}
+    for method_, values in drawn.items():
+        path = tmp_path / f"toy-flux/{method_}-20/quality.json"
+        judged = json.loads(path.read_text()) | {"fid": sum(values) / 3}
+        path.write_text(json.dumps(judged | {"resampled": {"fid": values}}))
+    table = main_table(results)
+    rows = table.set_index("variant")
+    assert rows["fid_se"]["ecodiff-20"] == 1
+    assert [rows["fid_tied"][name] for name in ("ecodiff-20", "random-20")] == [False, False]
+    assert rows["fid_tied"]["magnitude-20"] is True
+    write_tables(table, tmp_path / "tables")
+    text = (tmp_path / "tables/main.md").read_text()
+    assert "| 10.00 ± 1.00 |" in text
+    assert "| 10.33 ± 1.53 ≈ |" in text
+    assert (tmp_path / "tables/main.tex").read_text().isascii()
 
 
 def test_efficiency_of_an_older_run_is_refused(tmp_path: Path) -> None:
@@ -136,7 +156,7 @@ def test_efficiency_of_an_older_run_is_refused(tmp_path: Path) -> None:
         ("quality", "random-30", "ssim", "missing", "random-30 has no ssim"),
         ("quality", "dense", "psnr", "missing", "dense has no psnr"),
         ("quality", "random-30", "fid", "bad", "fid of random-30 is 'bad'"),
-        ("quality", "random-30", "fid", None, "random-30 has no fid, others have"),
+        ("quality", "random-30", "fid", None, "has no fid, others have"),
         ("quality", "random-30", "fid", float("nan"), "NaN is no JSON"),
         ("efficiency", "dense", "gmacs", "missing", "dense has no gmacs"),
         ("efficiency", "dense", "gmacs", None, "gmacs of dense is None"),
@@ -147,12 +167,14 @@ def test_a_number_that_is_missing_or_none_is_named(
     tmp_path: Path, file: str, variant: str, key: str, value: object, error: str
 ) -> None:
     results = write_run(tmp_path, ("toy-sdxl",))
-    path = tmp_path / "toy-sdxl" / f"{file}.json"
+    own = file == "quality"  # a file of each variant
+    path = tmp_path / "toy-sdxl" / (variant if own else "") / f"{file}.json"
     found = json.loads(path.read_text())
+    values = found if own else found[variant]
     if value == "missing":
-        del found[variant][key]
+        del values[key]
     else:
-        found[variant][key] = value
+        values[key] = value
     path.write_text(json.dumps(found))
     with pytest.raises(UserError, match=rf"{file}\.json: .*{error}"):
         main_table(results)
@@ -194,7 +216,7 @@ def test_the_report_starts_without_torch() -> None:
         ({}, ["Inception's 2,048", "open_clip's ViT-B-16 (datacomp_xl_s13b_b90k)"]),
         (
             {"features": "clip", "clip_model": "local-dir:toy", "clip_pretrained": None},
-            ["torchmetrics on open_clip's local-dir:toy;"],
+            ["FID and KID on open_clip's local-dir:toy;"],
         ),
     ],
 )

@@ -60,8 +60,9 @@ def test_the_demo_is_planned_whole(demo):
         len(load_config(ROOT / "config/config.yaml").variants_of(model))
         for model in ("toy-sdxl", "toy-flux")
     )
-    assert counts["generate"] == variants
-    assert counts["quality"] == counts["efficiency"] == 2
+    assert counts["generate"] == counts["see"] == counts["quality"] == variants
+    assert counts["real"] == 1  # both models draw in one size
+    assert counts["efficiency"] == 2
     assert counts["tables"] == counts["figures"] == 1
 
 
@@ -246,7 +247,7 @@ def test_large_sets_are_generated_in_shards(place, tmp_path):
     "target",
     [
         "results/demo/toy-sdxl/ecodiff-11/model",
-        "results/demo/toy-sd/quality.json",
+        "results/demo/toy-sd/dense/quality.json",
         "results/demo/prompts/nothing.parquet",
         "results/other/tables/main.csv",
     ],

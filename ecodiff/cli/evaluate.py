@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,6 +17,8 @@ from ecodiff.cli.common import (
     Of,
     Out,
     Record,
+    Shard,
+    ShardSize,
     Source,
     Table,
     Text,
@@ -34,10 +35,13 @@ app = typer.Typer(help=__doc__, no_args_is_help=True)
 
 
 @app.command()
-def quality(
+def real(
     table: Table,
     out: Out,
-    variant: Annotated[list[str], typer.Option(help="name=shard,shard,...; the dense one first.")],
+    width: Annotated[int, typer.Option(min=1, help="Of the pictures that are compared.")],
+    height: Annotated[int, typer.Option(min=1, help="As width.")],
+    shard: Shard = 0,
+    shard_size: ShardSize = None,
     settings: Text = None,
     device: Device = "auto",
     config: ConfigFile = None,
@@ -46,25 +50,73 @@ def quality(
         typer.Option(help="A table that models learned from; logs what is shared."),
     ] = None,
 ) -> None:
-    """Compare pictures with real ones, with their prompts and with the dense model's."""
-    from ecodiff.evaluate.quality import Judge
+    """Look at the real pictures of prompts, which FID, KID and CMMD compare with."""
+    from ecodiff.evaluate.shards import see_real, write_seen
+    from ecodiff.prompts import read_prompts, say_shared, shard_of
+    from ecodiff.runtime.devices import choose_device
+
+    chosen = Source(config).read(EvaluateSettings, settings, "evaluate")
+    with job("evaluate.shards", out, reads=[table, config], **chosen.model_dump()):
+        rows = read_prompts(table)
+        for other in learned or ():
+            say_shared(rows, read_prompts(other), other)
+        rows = shard_of(rows, shard, shard_size or len(rows))
+        seen = see_real(rows, (width, height), chosen, choose_device(device))
+        write_seen(out, seen, chosen, (width, height))
+
+
+@app.command()
+def see(
+    table: Table,
+    pictures: Annotated[Path, typer.Argument(help="A shard of a variant's pictures.")],
+    out: Out,
+    dense: Annotated[Path, typer.Option(help="The dense model's shard of the same prompts.")],
+    shard: Shard = 0,
+    shard_size: ShardSize = None,
+    settings: Text = None,
+    device: Device = "auto",
+    config: ConfigFile = None,
+) -> None:
+    """Look at a variant's pictures beside the dense model's, each by itself."""
     from ecodiff.evaluate.samples import Samples
-    from ecodiff.prompts import read_prompts, say_shared
+    from ecodiff.evaluate.shards import see as look
+    from ecodiff.evaluate.shards import write_seen
+    from ecodiff.prompts import read_prompts, shard_of
+    from ecodiff.runtime.devices import choose_device
+
+    chosen = Source(config).read(EvaluateSettings, settings, "evaluate")
+    reads = [table, config, pictures, dense]
+    with job("evaluate.shards", out, reads=reads, **chosen.model_dump()):
+        samples, theirs = Samples([pictures]), Samples([dense])
+        rows = read_prompts(table)
+        samples.check_prompts(shard_of(rows, shard, shard_size or len(rows)), str(table))
+        seen = look(samples, theirs, chosen, choose_device(device))
+        height, width, _ = samples.shape
+        write_seen(out, seen, chosen, (width, height), samples.origin)
+
+
+@app.command()
+def quality(
+    out: Out,
+    seen: Annotated[list[Path], typer.Option(help="What `see` wrote of a shard; repeatable.")],
+    real: Annotated[
+        list[Path] | None, typer.Option(help="What `real` wrote of a shard; repeatable.")
+    ] = None,
+    settings: Text = None,
+    device: Device = "auto",
+    config: ConfigFile = None,
+) -> None:
+    """Judge a variant's pictures by all that was seen of them."""
+    from ecodiff.evaluate.quality import quality as judge
+    from ecodiff.evaluate.shards import Seen
     from ecodiff.runtime.artifacts import write_json
     from ecodiff.runtime.devices import choose_device
 
     chosen = Source(config).read(EvaluateSettings, settings, "evaluate")
-    shards = {name: [*map(Path, paths.split(","))] for name, paths in variants(variant).items()}
-    reads = [table, config, *chain(*shards.values())]
-    with job("evaluate.quality", out, reads=reads, variants=variant, **chosen.model_dump()):
-        samples = {name: Samples(paths) for name, paths in shards.items()}
-        for pictures in samples.values():  # before the first is judged
-            pictures.check_dense(samples["dense"])
-        rows = read_prompts(table)
-        for other in learned or ():
-            say_shared(rows, read_prompts(other), other)
-        judge = Judge(rows, samples["dense"], chosen, choose_device(device), str(table))
-        write_json(out, {name: judge(pictures) for name, pictures in samples.items()})
+    with job("evaluate.quality", out, reads=[config, *seen, *(real or ())]):
+        references = Seen.read(real) if real else None
+        found = judge(Seen.read(seen), references, chosen.resamples, choose_device(device))
+        write_json(out, found)
 
 
 @app.command()

@@ -83,8 +83,7 @@ def made_of(config: Config, run: Path) -> list[Path]:
     found = []
     for model in config.models:
         variants = config.variants_of(model)
-        found += [run / model / file for file in ("quality.json", "efficiency.json")]
-        found += [run / model / "mask_cost.csv"]
+        found += [run / model / file for file in ("efficiency.json", "mask_cost.csv")]
         found += [run / model / variant.name / "quality.json" for variant in variants]
         found += [run / model / name / "model" for name in {v.pruned.name for v in variants}]
     return sorted(path for path in found if path.exists())

@@ -26,7 +26,7 @@ Mistake = tuple[tuple[str | int, ...], str]
 """The path of a key, and what is wrong with it."""
 
 # Folders and files of a run that a model's or prompt set's name must not be.
-OF_A_RUN = ("prompts", "tables", "figures", "logs", "benchmarks", "config.yaml")
+OF_A_RUN = ("prompts", "real", "tables", "figures", "logs", "benchmarks", "config.yaml")
 OF_A_MODEL = ("grams", "masks", "ablations")
 
 
@@ -56,9 +56,10 @@ def missing(config: Config) -> Iterator[Mistake]:
             yield ("prompts", name, "path"), f"there is no file {prompts.path}"
         if prompts.images is not None and not Path(prompts.images).is_dir():
             yield ("prompts", name, "images"), f"there is no folder {prompts.images}"
-    _, local, folder = config.evaluate.clip_model.partition("local-dir:")
-    if local and not Path(folder).is_dir():
-        yield ("evaluate", "clip_model"), f"there is no folder {folder}"
+    for key in ("clip_model", "cmmd_model"):
+        _, local, folder = (getattr(config.evaluate, key) or "").partition("local-dir:")
+        if local and not Path(folder).is_dir():
+            yield ("evaluate", key), f"there is no folder {folder}"
     published = config.report.published
     if published is not None and not Path(published).is_file():
         yield ("report", "published"), f"there is no file {published}"

@@ -91,9 +91,12 @@ class Plan:
         return self.dense_files(model) if variant == "dense" else [self.source(model, variant)]
 
     def clip_files(self) -> list[str]:
-        """The files of the CLIP model, when it lies in a folder."""
-        _, local, folder = self.config.evaluate.clip_model.partition("local-dir:")
-        return sorted(map(str, Path(folder).glob("*"))) or [folder] if local else []
+        """The files of the CLIP models that pictures are judged by and that lie in folders."""
+        chosen = self.config.evaluate
+        names = (name or "" for name in (chosen.clip_model, chosen.cmmd_model))
+        folders = [name.partition("local-dir:")[2] for name in names]
+        found = [sorted(map(str, Path(one).glob("*"))) or [one] for one in folders if one]
+        return [file for files in found for file in files]
 
     def prompt_sets(self, drawn: bool) -> list[str]:
         """The prompt sets whose true pictures are drawn, or those that are read from files."""
@@ -244,10 +247,25 @@ class Plan:
         """The image shards of all models and variants."""
         return [shard for model in self.config.models for shard in self.shards_of_all(model)]
 
-    def shards_by_variant(self, model: str) -> list[str]:
-        """The same as `ecodiff evaluate quality` takes them."""
-        shards = {v.name: self.shards(model, v.name) for v in self._variants[model]}
-        return _options((name, ",".join(paths)) for name, paths in shards.items())
+    def seen(self, model: str, variant: str) -> list[str]:
+        """What was seen of each image shard of a variant."""
+        shards = range(len(self.shards(model, variant)))
+        return [f"{self.results}/{model}/{variant}/seen/{i}.safetensors" for i in shards]
+
+    def real(self, model: str) -> list[str]:
+        """What was seen of the real images at the size of a model's, in shards; none without."""
+        name, call = self.config.evaluate.prompts, self.config.models[model].call
+        shards = range(self._shards(name) if self.config.prompts[name].has_pictures else 0)
+        folder = f"{self.results}/real/{call.width}x{call.height}"
+        return [f"{folder}/{shard}.safetensors" for shard in shards]
+
+    def judged(self) -> list[str]:
+        """The quality of all variants of all models."""
+        return [
+            f"{self.results}/{model}/{variant.name}/quality.json"
+            for model, variants in self._variants.items()
+            for variant in variants
+        ]
 
     def source_by_variant(self, model: str) -> list[str]:
         """Where all variants of a model lie, as `ecodiff evaluate efficiency` takes them."""

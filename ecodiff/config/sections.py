@@ -34,6 +34,9 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
 Share = Annotated[float, Field(gt=0, lt=1)]
 FilePath = Annotated[str, AfterValidator(os.path.expanduser)]
 """A file or folder; ~ is the home of who plans the run."""
+Resize = Literal["clean", "torch", "legacy"]
+# Weights of open_clip whose models are only right by the name with "-quickgelu".
+QUICKGELU = ("openai", "metaclip_400m", "metaclip_fullcc", "dfn2b", "dfn5b")
 T = TypeVar("T")
 NonEmpty = Annotated[tuple[T, ...], Field(min_length=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
@@ -508,16 +511,41 @@ class EvaluateSettings(Settings):
     features: Literal["inception", "clip"] = "inception"
     """Features that FID and KID compare: `inception`: Inception's 2,048 pool features; `clip`:
     image embeddings of `clip_model`."""
+    resize: Resize = "clean"
+    """inception: how pictures are made 299 pixels wide. `clean`: as clean-fid; `torch`: as
+    torchmetrics; `legacy`: as torch-fidelity and the first code of FID. FID differs by several
+    points between them, so compare with numbers of the same alone."""
     clip_model: Annotated[str, AfterValidator(_local_folder)] = "ViT-B-16"
     """open_clip model, or `local-dir:<folder>`. The paper uses ViT-B-16."""
     clip_pretrained: str | None = "datacomp_xl_s13b_b90k"
     """open_clip weights; null for a local folder."""
+    cmmd_model: Annotated[str, AfterValidator(_local_folder)] | None = None
+    """open_clip model whose embeddings CMMD compares; null: `clip_model`. CMMD is published on
+    ViT-L-14-336-quickgelu with the weights openai."""
+    cmmd_pretrained: str | None = None
+    """open_clip weights of `cmmd_model`; null for a local folder."""
     batch_size: PositiveInt = 32
     """Images that pass through the feature networks together."""
+    resamples: NonNegativeInt = 100
+    """Resampled prompt sets that the metrics' standard errors come from; 0: none. 50 to 1,000; FID
+    on Inception's features takes three seconds of a core for each."""
     efficiency: EfficiencySettings | None = EfficiencySettings()
     """How speed and memory are measured; null: they are not."""
     mask_cost: MaskCostSettings | None = MaskCostSettings()
     """How the cost of mask learning is measured; null: it is not."""
+
+    @model_validator(mode="after")
+    def _keys_are_read(self) -> EvaluateSettings:
+        if self.cmmd_model is None and self.cmmd_pretrained is not None:
+            raise ValueError("cmmd_pretrained: nothing reads it without cmmd_model")
+        for key in ("clip", "cmmd"):
+            name, weights = (getattr(self, f"{key}_{of}") for of in ("model", "pretrained"))
+            if weights in QUICKGELU and re.fullmatch(r"(ViT|RN)[\w-]+(?<!-quickgelu)", name or ""):
+                raise ValueError(
+                    f"{key}_model: the weights {weights} were trained with QuickGELU, which {name}"
+                    f" lacks; write {name}-quickgelu"
+                )
+        return self
 
 
 class ReportSettings(Settings):

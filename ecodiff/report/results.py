@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ class Results:
     shard_size: int
     examples: int = 8
     percents: frozenset[int] | None = None
+    _read: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict, repr=False)
 
     def of(self, model: str) -> list[Variant]:
         """All variants of a model. Raises `UserError` when there is no such model."""
@@ -76,15 +77,28 @@ class Results:
     def quality(self, model: str, variant: Variant) -> dict[str, Any]:
         """What `evaluate quality` found."""
         keys = [*(one.key for one in QUALITY), *OBJECTS]
-        found = self._found(model, "quality.json", keys)
+        places = {
+            name: self.folder / model / name / "quality.json" for name in self.variants[model]
+        }
         # What is no number is so for all: no real images, or captions that nothing checks. But
         # pictures that are identical have no finite PSNR.
+        found = self._judged(model)
+        for name, path in places.items():
+            _check(path, name, found[name], keys)
         for key in (key for key in keys if key != "psnr"):
-            lacking = [name for name in self.variants[model] if found[name][key] is None]
-            if 0 < len(lacking) < len(self.variants[model]):
-                path = self.folder / model / "quality.json"
-                raise UserError(f"{path}: {lacking[0]} has no {key}, others have; evaluate again")
-        return found[variant.name]
+            lacking = [name for name in places if found[name][key] is None]
+            if 0 < len(lacking) < len(places):
+                path = places[lacking[0]]
+                raise UserError(f"{path}: has no {key}, others have; evaluate again")
+        return dict(found[variant.name])
+
+    def _judged(self, model: str) -> dict[str, dict[str, Any]]:
+        """What `evaluate quality` wrote of each variant of a model, read once."""
+        if model not in self._read:
+            names = self.variants[model]
+            found = {name: _json(self.folder / model / name / "quality.json") for name in names}
+            self._read[model] = found
+        return self._read[model]
 
     def efficiency(self, model: str) -> dict[str, dict[str, Any]] | None:
         """Variant name -> quantity -> value, from `efficiency.json`; None if not measured."""
@@ -173,12 +187,7 @@ class Results:
             one = found.get(name)
             if not isinstance(one, dict):
                 raise UserError(f"{path}: has no variant {name}; evaluate again")
-            missing = [key for key in keys if key not in one]
-            if missing:
-                raise UserError(f"{path}: {name} has no {missing[0]}; evaluate again")
-            odd = [key for key in keys if not _fits(key, one[key])]
-            if odd:
-                raise UserError(f"{path}: {odd[0]} of {name} is {one[odd[0]]!r}; evaluate again")
+            _check(path, name, one, keys)
         return found
 
     def _mask(self, model: str, variant: Variant) -> Path:
@@ -224,6 +233,16 @@ def _json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"{path}: is not a mapping of variants")
     return found
+
+
+def _check(path: Path, name: str, one: Mapping[str, Any], keys: Sequence[str]) -> None:
+    """`UserError` unless each key of a variant is there and of its kind."""
+    missing = [key for key in keys if key not in one]
+    if missing:
+        raise UserError(f"{path}: {name} has no {missing[0]}; evaluate again")
+    odd = [key for key in keys if not _fits(key, one[key])]
+    if odd:
+        raise UserError(f"{path}: {odd[0]} of {name} is {one[odd[0]]!r}; evaluate again")
 
 
 def _fits(key: str, value: Any) -> bool:

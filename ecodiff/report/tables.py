@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ecodiff.config.sections import EvaluateSettings
+from ecodiff.config.variants import Variant
 from ecodiff.report.results import Results
 from ecodiff.report.style import COST, EXACT, QUALITY, TARGET, Quantity, method
 from ecodiff.runtime.artifacts import write_text
@@ -58,23 +60,67 @@ def main_table(results: Results) -> pd.DataFrame:
                     "sparsity": exact,
                     **{one.key: judged[one.key] for one in QUALITY},
                     **{one.key: cost.get(one.key) for one in COST},
+                    **_uncertainty(results, model, variant),
                 }
             )
     names = ["model", "variant", "method", *(column.key for column in COLUMNS)]
-    return pd.DataFrame(rows, columns=names)
+    extra = [f"{one.key}_{what}" for one in QUALITY for what in ("se", "tied")]
+    return pd.DataFrame(
+        rows, columns=[*names, *(key for key in extra if any(key in row for row in rows))]
+    )
+
+
+def _uncertainty(results: Results, model: str, variant: Variant) -> dict[str, Any]:
+    """Of each metric its standard error, and whether a better variant of the same sparsity may be
+    better by chance alone."""
+    rivals = [v for v in results.of(model) if v.percent == variant.percent]
+    judged = {v: results.quality(model, v) for v in rivals}
+    found: dict[str, Any] = {}
+    for one in QUALITY:
+        known = {
+            v: (values[one.key], np.array(values["resampled"][one.key]))
+            for v, values in judged.items()
+            if one.key in values.get("resampled", {})
+        }
+        if variant not in known:
+            continue
+        best = (max if one.better == "higher" else min)(known, key=lambda v: known[v][0])
+        (value, drawn), (top, of_best) = known[variant], known[best]
+        gap = (drawn - of_best).std(ddof=1)
+        found[f"{one.key}_se"] = float(drawn.std(ddof=1))
+        found[f"{one.key}_tied"] = bool(best != variant and abs(value - top) <= 2 * gap)
+    return found
 
 
 def how_measured(settings: EvaluateSettings) -> str:
     """A paragraph for below a table: the library and settings of each metric."""
     clip = f"open_clip's {settings.clip_model}"
     clip += f" ({settings.clip_pretrained})" if settings.clip_pretrained else ""
-    features = "Inception's 2,048 pool features" if settings.features == "inception" else clip
+    features = (
+        f"Inception's 2,048 pool features, pictures resized as `{settings.resize}`"
+        if settings.features == "inception"
+        else clip
+    )
+    embedded = settings.cmmd_model or settings.clip_model
+    if settings.cmmd_pretrained or (settings.cmmd_model is None and settings.clip_pretrained):
+        embedded += f" ({settings.cmmd_pretrained or settings.clip_pretrained})"
     return (
-        f"FID and KID: torchmetrics on {features}; KID is unbiased, so it may be below zero. CMMD:"
-        " Gaussian kernel of bandwidth 10 on normalised embeddings, times 1,000; CLIP score: mean"
-        f" cosine; both by {clip}. SSIM and PSNR: torchmetrics, against the dense model. Relative"
-        " latent error: mean((z0' - z0)^2) / var(z0) against the dense model's final latents; its"
-        " median is over pictures. Scene accuracy: the exact checker of ShapeWorld captions.\n"
+        f"FID and KID on {features}; KID by torchmetrics' kernel, unbiased, so it may be below"
+        " zero. CMMD: Gaussian kernel of bandwidth 10 on normalised embeddings by"
+        f" {embedded}, times 1,000; CLIP score: mean cosine by {clip}. SSIM and PSNR: torchmetrics,"
+        " against the dense model. Relative latent error: mean((z0' - z0)^2) / var(z0) against the"
+        " dense model's final latents; its median is over pictures. Scene accuracy: the exact"
+        " checker of ShapeWorld captions." + _intervals(settings.resamples) + "\n"
+    )
+
+
+def _intervals(resamples: int) -> str:
+    if not resamples:
+        return ""
+    return (
+        f" ±: the standard error over {resamples} resampled sets of prompts, the same for all"
+        " variants. ≈: not told apart (two standard errors of the difference) from the best of the"
+        " same model and sparsity."
     )
 
 
@@ -117,8 +163,18 @@ def readable(table: pd.DataFrame, columns: Sequence[Quantity]) -> pd.DataFrame:
     """Model, method and the given quantities as text, with units in the headers."""
     shown = table[["model", "method"]].rename(columns=str.capitalize)
     for column in columns:
-        shown[column.title] = [column.show(value) for value in table[column.key]]
+        texts = [column.show(value) for value in table[column.key]]
+        if f"{column.key}_se" in table:
+            marks = zip(texts, table[f"{column.key}_se"], table[f"{column.key}_tied"], strict=True)
+            texts = [_with_error(column, *one) for one in marks]
+        shown[column.title] = texts
     return shown
+
+
+def _with_error(column: Quantity, text: str, error: float, tied: object) -> str:
+    if pd.isna(error):
+        return text
+    return f"{text} ± {column.show(error)}{' ≈' if tied is True else ''}"
 
 
 def print_table(table: pd.DataFrame, console: Console | None = None) -> None:
@@ -158,6 +214,8 @@ def _latex(table: pd.DataFrame) -> str:
         "↓": r"$\downarrow$",
         "10⁻³": r"$10^{-3}$",
         "∞": r"$\infty$",
+        "±": r"$\pm$",
+        "≈": r"$\approx$",
     }
     for sign, command in signs.items():
         text = text.replace(sign, command)

@@ -1,33 +1,99 @@
-# One job a model: networks, texts and real images are read once for all of its variants.
-rule quality:
+SEEN_BY = ("features", "resize", "clip_model", "clip_pretrained", "cmmd_model", "cmmd_pretrained")
+
+
+# What the real pictures look like, cut to the size of a model's: once for all models of that size.
+rule real:
     input:
         prompts=plan.evaluated(),
         learned=plan.learned_tables(),
         pictures=plan.real_pictures(),
-        images=of(plan.shards_of_all),
         clip=plan.clip_files(),
     output:
-        "<results>/{model}/quality.json",
+        "<results>/real/{width}x{height}/{shard}.safetensors",
     log:
-        "<logs>/{model}/quality.log",
+        "<logs>/real/{width}x{height}-{shard}.log",
     benchmark:
-        "<benchmarks>/{model}/quality.tsv"
+        "<benchmarks>/real/{width}x{height}-{shard}.tsv"
+    wildcard_constraints:
+        width=r"\d+",
+        height=r"\d+",
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        gpu=max(min(1, model.resources.gpu) for model in plan.config.models.values()),
+        mem_mb=growing(6000),
+        runtime=max(model.resources.runtime for model in plan.config.models.values()),
+    params:
+        config=CONFIG,
+        settings=[settings(f"evaluate/{key}") for key in SEEN_BY],
+        shard_size=settings("generate/shard_size"),
+        learned=each("--learned", "learned"),
+        code=code_hash("evaluate.shards"),
+    shell:
+        "ecodiff evaluate real {input.prompts:q} {output:q} {params.learned:q}"
+        " --width {wildcards.width} --height {wildcards.height}"
+        " --shard {wildcards.shard} --shard-size {params.shard_size}"
+        " --config {params.config:q} > {log:q} 2>&1"
+
+
+# What a variant's pictures look like beside the dense model's: a job a shard, each by itself.
+rule see:
+    input:
+        prompts=plan.evaluated(),
+        images="<results>/{model}/{variant}/images/{shard}",
+        dense="<results>/{model}/dense/images/{shard}",
+        clip=plan.clip_files(),
+    output:
+        "<results>/{model}/{variant}/seen/{shard}.safetensors",
+    log:
+        "<logs>/{model}/see/{variant}-{shard}.log",
+    benchmark:
+        "<benchmarks>/{model}/see/{variant}-{shard}.tsv"
     conda:
         "../../environment.yml"
     threads: 1
     resources:
         gpu=gpus(),
-        mem_mb=growing(8000),
+        mem_mb=growing(6000),
         runtime=resource("runtime"),
     params:
         config=CONFIG,
-        settings=plan.config.evaluate.model_dump(exclude={"prompts", "efficiency", "mask_cost"}),
-        variants=of(plan.shards_by_variant),
-        learned=each("--learned", "learned"),
+        settings=[settings(f"evaluate/{key}") for key in SEEN_BY],
+        shard_size=settings("generate/shard_size"),
+        code=code_hash("evaluate.shards"),
+    shell:
+        "ecodiff evaluate see {input.prompts:q} {input.images:q} {output:q} --dense {input.dense:q}"
+        " --shard {wildcards.shard} --shard-size {params.shard_size}"
+        " --config {params.config:q} > {log:q} 2>&1"
+
+
+# The metrics of a variant, from what was seen of its shards and of the real pictures.
+rule quality:
+    input:
+        seen=of(plan.seen),
+        real=of(plan.real),
+    output:
+        "<results>/{model}/{variant}/quality.json",
+    log:
+        "<logs>/{model}/quality/{variant}.log",
+    benchmark:
+        "<benchmarks>/{model}/quality/{variant}.tsv"
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        gpu=gpus(),
+        mem_mb=growing(3000),
+        runtime=resource("runtime"),
+    params:
+        config=CONFIG,
+        resamples=settings("evaluate/resamples"),
+        seen=each("--seen", "seen"),
+        real=each("--real", "real"),
         code=code_hash("evaluate.quality"),
     shell:
-        "ecodiff evaluate quality {input.prompts:q} {output:q} {params.variants:q}"
-        " {params.learned:q}"
+        "ecodiff evaluate quality {output:q} {params.seen:q} {params.real:q}"
         " --config {params.config:q} > {log:q} 2>&1"
 
 

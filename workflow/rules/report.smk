@@ -1,6 +1,6 @@
 rule tables:
     input:
-        quality=plan.of_models("quality.json"),
+        quality=plan.judged(),
         pruned=plan.all_pruned(),
         efficiency=plan.of_models("efficiency.json") if plan.config.evaluate.efficiency else [],
         published=plan.config.report.published or [],
@@ -31,7 +31,7 @@ rule tables:
 
 rule figures:
     input:
-        quality=plan.of_models("quality.json"),
+        quality=plan.judged(),
         pruned=plan.all_pruned(),
         efficiency=plan.of_models("efficiency.json") if plan.config.evaluate.efficiency else [],
         mask_cost=plan.of_models("mask_cost.csv") if plan.config.evaluate.mask_cost else [],
