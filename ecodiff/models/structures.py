@@ -305,8 +305,10 @@ def _directions(name: str, module: nn.Module, denoiser: nn.Module) -> Structure 
         (f"{name}.{n}" for n in ("time_emb_proj", "time_proj") if _linear(module, n) is not None),
         None,
     )
-    if path is None or path.endswith(".rows"):
+    if path is None:
         return None
+    if path.endswith(".rows"):  # some of its channels went in an earlier pruning
+        return _modulation(name, module, denoiser)
     linear = denoiser.get_submodule(path)
     rows, columns = linear.weight.shape
     # Two linears of full rank have columns^2 more weights, and always a bias.
