@@ -129,6 +129,8 @@ def _floors(
 
 def _groups(structure: Structure, floor: int, align: int) -> Tensor:
     """Group index of each removable unit, from the lowest score up: int64 (removable,)."""
+    if not structure.unit_parameters:  # nothing is won by removing it
+        return torch.arange(0)
     size = 1 if structure.kind == "modulation" else align // math.gcd(align, structure.width)
     # Size of the first group: it leaves a multiple, or is as many directions as pay.
     first = max(structure.units % size or size, structure.together)
