@@ -14,7 +14,7 @@ import psutil
 import pytest
 import yaml
 from disks import mounted
-from workflow_runs import run, start, tiny_models, tiny_run
+from workflow_runs import bytes_of, run, start, tiny_models, tiny_run
 
 pytestmark = pytest.mark.slow
 COMMAND = str(Path(sys.executable).with_name("ecodiff"))
@@ -43,7 +43,7 @@ def contents(folder):
     files = [*results.rglob("*.safetensors"), *results.rglob("*.png"), *results.glob("tables/*")]
     files += [*results.rglob("*.parquet"), *results.rglob("quality*.json")]
     found = {str(file.relative_to(results)): file for file in files}
-    return {name: file.read_bytes() for name, file in found.items() if "manifest" not in name}
+    return {name: bytes_of(file) for name, file in found.items() if "manifest" not in name}
 
 
 def jobs(done):

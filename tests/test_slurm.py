@@ -19,7 +19,7 @@ import psutil
 import pytest
 import yaml
 from slurm_cluster import cluster, jobs, queue
-from workflow_runs import ROOT, run, tiny_models, tiny_run
+from workflow_runs import ROOT, bytes_of, run, tiny_models, tiny_run
 
 pytestmark = pytest.mark.slurm
 MASK = "results/small/tiny/masks/ecodiff-20/mask.safetensors"
@@ -110,7 +110,7 @@ def undisturbed(place):
 def contents(folder):
     results = folder / "results/small"
     files = {file for pattern in SAME for file in results.glob(pattern) if file.is_file()}
-    return {str(file.relative_to(results)): file.read_bytes() for file in sorted(files)}
+    return {str(file.relative_to(results)): bytes_of(file) for file in sorted(files)}
 
 
 def until(true, seconds=120):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -48,6 +49,15 @@ def snakemake(folder: Path, *words: Any, **options: Any) -> subprocess.Completed
 def shared_forkserver() -> str:
     """One for all runs of this process, which then start in half the time."""
     return forkserver.start()
+
+
+def bytes_of(file: Path) -> bytes:
+    """A file's bytes; of safetensors with its header sorted, whose metadata come in any order."""
+    data = file.read_bytes()
+    if file.suffix != ".safetensors":
+        return data
+    end = 8 + int.from_bytes(data[:8], "little")
+    return json.dumps(json.loads(data[8:end]), sort_keys=True).encode() + data[end:]
 
 
 def tiny_models(folder: Path) -> None:
