@@ -224,12 +224,11 @@ def test_starting_the_command_needs_no_torch():
         (["b=c", "dense=a"], "the first one must be dense="),
     ],
 )
-@pytest.mark.parametrize("verb", ["quality", "efficiency"])
-def test_variants_are_named_once_and_the_dense_one_first(verb, given, error, tmp_path, capsys):
+def test_variants_are_named_once_and_the_dense_one_first(given, error, tmp_path, capsys):
     words = [word for variant in given for word in ("--variant", variant)]
-    call = ("--call", CALL) if verb == "efficiency" else ()
     table = make_prompts(tmp_path, count=1)
-    assert ecodiff("evaluate", verb, table, tmp_path / "out", *words, *call) == 2
+    call = ("--call", CALL)
+    assert ecodiff("evaluate", "efficiency", table, tmp_path / "out", *words, *call) == 2
     assert f"--variant: {error}" in capsys.readouterr().err
 
 

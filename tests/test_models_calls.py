@@ -112,11 +112,12 @@ def test_prompts_that_are_cut_are_counted_in_one_line(family, caplog):
     pipe, long = tiny(family), "a small red ring on navy and " * 40
     caplog.set_level(logging.INFO)
     calibrate(pipe, ["a red ring", long, long + "blue"], [1, 2, 3], CALLS[family], 1)
-    lines = [record.getMessage() for record in caplog.records]
-    assert len(lines) == 1
-    assert "2 of 3 prompts are longer than what is read" in lines[0]
+    lines = [one.getMessage() for one in caplog.records if "prompts" in one.getMessage()]
+    (line,) = [line for line in lines if "are longer than what is read" in line]
+    assert line.startswith("2 of 3 prompts")
+    caplog.clear()
     calls.log_cut_prompts(pipe, ["a red ring"], CALLS[family])
-    assert len(caplog.records) == 1
+    assert not caplog.records
 
 
 def test_weights_that_are_not_numbers_are_named():

@@ -181,10 +181,17 @@ def test_a_dense_pipeline_keeps_its_class(tmp_path):
 
 
 def test_save_replaces_its_own_folder(damaged):
-    (damaged / "stale").touch()
+    (damaged / "transformer" / WEIGHTS).write_bytes(b"broken")
     ecodiff.save(pruned("flux"), damaged)
-    assert not (damaged / "stale").exists()
+    z0(ecodiff.load(damaged), "flux")
     assert [f.name for f in damaged.parent.iterdir()] == ["model"]
+
+
+def test_save_leaves_a_folder_that_holds_more_than_it_wrote(damaged):
+    (damaged / "mine").touch()
+    with pytest.raises(UserError, match="holds mine, which ecodiff did not write"):
+        ecodiff.save(pruned("flux"), damaged)
+    assert (damaged / "mine").exists()
 
 
 def test_a_pipeline_can_be_saved_over_the_files_it_was_loaded_from(damaged):

@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from imports import loaded_by
@@ -63,11 +64,15 @@ def test_different_things_are_made_at_once(tmp_path, holder, monkeypatch):
         assert claim_of(tmp_path / "other").exists()
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user, which only root can")
+@pytest.mark.skipif(
+    os.geteuid() != 0 or not Path("/usr/bin/python3").exists(),
+    reason="becomes another user, which only root can, with a python that all can run",
+)
 def test_another_users_lock_is_respected_and_its_file_is_no_obstacle(tmp_path):
     tmp_path.chmod(0o1777)
-    for folder in tmp_path.parents[:2]:
-        folder.chmod(0o755)
+    for folder in tmp_path.parents:
+        if folder.name.startswith(("pytest-", "popen-")):
+            folder.chmod(0o755)
     name = str(tmp_path / "gpu.lock")
     hold = (
         "import fcntl, os, sys; os.umask(0o077);"
