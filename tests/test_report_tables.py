@@ -100,6 +100,14 @@ def test_published_results_stand_below_ours(results: Results, tmp_path: Path) ->
         write_tables(main_table(results), tmp_path, tmp_path / "none.csv")
 
 
+def test_the_papers_results_can_stand_below_ours(results: Results, tmp_path: Path) -> None:
+    published = Path(__file__).parents[1] / "resources/published.csv"
+    write_tables(main_table(results), tmp_path, published)
+    text = (tmp_path / "main.md").read_text()
+    assert "| SDXL | EcoDiff | 0.2 | 2.1 | 32.19 | 0.33 | 40.91 | EcoDiff paper main table" in text
+    assert text.count(" (via a digest) |") + text.count("arXiv 2510.06751 |") == 29
+
+
 def test_the_printed_table_fits_its_width_without_cuts(results: Results) -> None:
     out = io.StringIO()
     print_table(main_table(results), Console(file=out, width=120))
