@@ -163,7 +163,7 @@ def test_load_casts_weights_and_not_indices(saved):
 
 def test_only_safetensors_are_written(saved):
     *_, folder = saved
-    suffixes = {".json", ".safetensors", ".txt", ".py"}
+    suffixes = {".json", ".safetensors", ".txt", ".py", ".md"}
     assert {f.suffix for f in folder.rglob("*") if f.is_file()} <= suffixes
 
 

@@ -157,7 +157,6 @@ def prune(
     from ecodiff.mask import Mask
     from ecodiff.models.saving import save
     from ecodiff.prune.cut import prune as cut
-    from ecodiff.runtime.artifacts import atomic
 
     if grams and calibration:
         raise UserError(
@@ -179,9 +178,7 @@ def prune(
         if percent is not None:
             wanted = wanted.at(pipe, percent / 100)
         cut(pipe, wanted, data, chosen)
-        with atomic(out, folder=True) as folder:
-            save(pipe, folder)
-            wanted.save(folder / "mask.safetensors")
+        save(pipe, out, wanted)
         details |= {"mask": wanted.info, **chosen.model_dump()}
 
 

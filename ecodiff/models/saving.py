@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import diffusers
 import torch
@@ -21,32 +21,51 @@ from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ecodiff.models.card import CARD, card_of
 from ecodiff.models.complete import check_components, read_json
 from ecodiff.models.libraries import plain, refuse_offloaded
 from ecodiff.models.pruned import Pruned
-from ecodiff.models.structures import Structure, discover
+from ecodiff.models.structures import Structure, denoiser_of, discover
 from ecodiff.runtime.artifacts import MARKER, atomic
 from ecodiff.runtime.errors import UserError, first_line
 
 SHARD = "5GB"  # the largest file that is written
+MASK = "mask.safetensors"  # beside a pruned model
 
 
 def dense_structures(denoiser: ModelMixin) -> list[Structure]:
     """Find the structures of the dense model that a denoiser, pruned or dense, came from."""
+    return discover(_dense(denoiser))
+
+
+def _dense(denoiser: ModelMixin) -> ModelMixin:
+    """The dense model that a pruned one came from, without weights; or the denoiser itself."""
     if not isinstance(denoiser, Pruned):
-        return discover(denoiser)
+        return denoiser
     dense = next(c for c in type(denoiser).__mro__ if not issubclass(c, Pruned))
     config = {key: value for key, value in denoiser.config.items() if key != "pruned"}
     with init_empty_weights():
-        return discover(dense.from_config(config))
+        return dense.from_config(config)
 
 
-def save(pipe: DiffusionPipeline, folder: str | Path) -> None:
+class Beside(Protocol):
+    """What lies beside a pruned model: a mask."""
+
+    info: dict[str, Any]
+
+    def save(self, path: str | Path) -> None:
+        """Write one file."""
+
+
+def save(pipe: DiffusionPipeline, folder: str | Path, mask: Beside | None = None) -> None:
     """Write a pipeline, pruned or dense, as a folder of safetensors; whole or not at all.
+
+    A pruned one gets a model card, README.md, so the folder can be published as it is.
 
     Args:
         pipe: the pipeline; weights keep their dtype.
         folder: made, or replaced when it is one that ecodiff wrote.
+        mask: the `Mask` that it was pruned with; becomes `mask.safetensors` in the folder.
 
     Raises:
         UserError: the folder holds something else, or what is not saved as it is: adapters, fused
@@ -57,6 +76,14 @@ def save(pipe: DiffusionPipeline, folder: str | Path) -> None:
             _refuse_changed(name, plain(part))
     with atomic(folder, folder=True) as scratch, _without_wrappers(pipe):
         pipe.save_pretrained(scratch, safe_serialization=True, max_shard_size=SHARD)
+        if mask is not None:
+            mask.save(scratch / MASK)
+        denoiser = denoiser_of(pipe)
+        if isinstance(denoiser, Pruned):
+            dense = _dense(denoiser)
+            by = "rank" if denoiser.config["pruned"].get("ranks") else "channels"
+            beside = (MASK, mask.info.get("method")) if mask is not None else ()
+            card_of(pipe, dense, discover(dense, by), *beside).save(scratch / CARD)
 
 
 def save_adapter(pipe: DiffusionPipeline, adapter: Mapping[str, Tensor], folder: Path) -> None:

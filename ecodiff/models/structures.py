@@ -30,7 +30,7 @@ Modulation = Literal["channels", "rank"]
 
 _BESIDE = ("norm", "silu", "nonlinearity")  # what AdaLN's `linear` has beside it
 _PROJECTIONS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
-_NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k", "q_norm", "k_norm")
+NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k", "q_norm", "k_norm")
 # The linears of feed-forwards: the first one or two read the input, the last reads the neurons.
 _FEED_FORWARDS = (
     ("net.0.proj", "net.2"),
@@ -385,7 +385,7 @@ def _parallel_sizes(block: nn.Module) -> tuple[int, int]:
 
 def _norms_are_per_head(attention: nn.Module, width: int) -> bool:
     """Whether q/k norms act on each head alone; one over all heads changes when a head goes."""
-    norms = (getattr(attention, n, None) for n in _NORMS)
+    norms = (getattr(attention, n, None) for n in NORMS)
     return all(p.numel() == width for norm in norms if norm is not None for p in norm.parameters())
 
 
