@@ -178,7 +178,8 @@ class Watch:
             self.live.start()
 
     def _begin(self, job: Any) -> None:
-        names = "/".join(str(value) for value in (job.wildcards or {}).values())
+        named = (str(value) for value in (job.wildcards or {}).values())
+        names = "/".join(value for value in named if value)
         self.jobs[job.jobid] = (job.rule_name, names, time.monotonic())
         if job.rule_name not in self.tasks:
             total = self.planned[job.rule_name]
