@@ -133,8 +133,8 @@ def test_a_truncated_shard_is_never_taken_for_a_whole_one(undisturbed):
     folder, expected = undisturbed
     file = folder / SHARD / "latents.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    for name in ("tiny/quality.json", "tables/main.csv"):  # as when it was not judged yet
-        (folder / "results/small" / name).unlink()
+    seen = folder / f"{SHARD.replace('images', 'seen')}.safetensors"
+    seen.unlink()  # as when it was not looked at yet
     done = run(folder, config())
     assert done.returncode == 1
     assert "latents.safetensors" in done.stderr.splitlines()[-1]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import reprlib
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -57,7 +58,9 @@ class Settings(BaseModel):
         kinds = str(cls.model_fields[str(info.field_name)].annotation)
         inside = value if isinstance(value, list | tuple) else [value]
         if "bool" not in kinds and any(isinstance(one, bool) for one in inside):
-            raise ValueError(f"should be no truth value (yes, no, true, false), is {value}")
+            raise ValueError(
+                f"should be no truth value (yes, no, true, false), is {reprlib.repr(value)}"
+            )
         return value
 
 

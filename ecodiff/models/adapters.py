@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from ecodiff.models.pruned import Pruned
@@ -57,6 +55,9 @@ def fit_lora(lora: str | Path | Mapping[str, Tensor], pipe: DiffusionPipeline) -
 
 def _tensors(part: nn.Module) -> dict[str, Tensor]:
     """The tensors of a component's adapter, as if its scale were 1."""
+    from peft.tuners.tuners_utils import BaseTunerLayer  # which not all that prune have
+    from peft.utils import get_peft_model_state_dict
+
     state = get_peft_model_state_dict(part, adapter_name=_NAME)
     for name, layer in part.named_modules():
         if isinstance(layer, BaseTunerLayer):
