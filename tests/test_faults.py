@@ -134,7 +134,9 @@ def test_a_truncated_shard_is_never_taken_for_a_whole_one(undisturbed):
     file = folder / SHARD / "latents.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     seen = folder / f"{SHARD.replace('images', 'seen')}.safetensors"
-    seen.unlink()  # as when it was not looked at yet
+    judged = (folder / SHARD).parents[1] / "quality.json"
+    for path in (seen, judged, folder / "results/small/tables/main.csv"):
+        path.unlink()  # as when it was not looked at yet
     done = run(folder, config())
     assert done.returncode == 1
     assert "latents.safetensors" in done.stderr.splitlines()[-1]
