@@ -218,7 +218,8 @@ def test_a_killed_job_goes_on_and_gives_the_same_mask_to_the_bit(
     assert not (tmp_path / "state.safetensors").exists()
 
 
-# Of so few prompts most directions of modulation have no gradient but rounding, which Adam enlarges.
+# Of so few prompts most directions of modulation have no gradient but rounding errors, which Adam
+# enlarges.
 SHARED = MaskSettings(iterations=3, batch=1, accumulate=2, modulation="channels")
 
 
