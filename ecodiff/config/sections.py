@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import reprlib
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -57,10 +56,9 @@ class Settings(BaseModel):
         """YAML reads yes, no, on and off as truth values, which pydantic takes for 1 and 0."""
         kinds = str(cls.model_fields[str(info.field_name)].annotation)
         inside = value if isinstance(value, list | tuple) else [value]
-        if "bool" not in kinds and any(isinstance(one, bool) for one in inside):
-            raise ValueError(
-                f"should be no truth value (yes, no, true, false), is {reprlib.repr(value)}"
-            )
+        wrong = [one for one in inside if isinstance(one, bool)]
+        if wrong and "bool" not in kinds:
+            raise ValueError(f"should be no truth value (yes, no, true, false), is {wrong[0]}")
         return value
 
 
