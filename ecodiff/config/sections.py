@@ -503,6 +503,10 @@ def _local_folder(name: str) -> str:
     return f"{local}{os.path.expanduser(folder)}" if local else name
 
 
+# The settings of `evaluate` that decide what is seen of a picture.
+SEEN_BY = ("features", "resize", "clip_model", "clip_pretrained", "cmmd_model", "cmmd_pretrained")
+
+
 class EvaluateSettings(Settings):
     """How variants are evaluated."""
 

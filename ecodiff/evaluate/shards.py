@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from ecodiff.config.sections import EvaluateSettings
+from ecodiff.config.sections import SEEN_BY, EvaluateSettings
 from ecodiff.evaluate.distances import Rows
 from ecodiff.evaluate.features import Networks
 from ecodiff.evaluate.samples import Samples
@@ -29,9 +29,6 @@ from ecodiff.runtime.artifacts import atomic
 from ecodiff.runtime.errors import UserError
 from ecodiff.runtime.pictures import read_picture
 from ecodiff.toys import checker, world
-
-# The settings that features depend on.
-SEEN_BY = ("features", "resize", "clip_model", "clip_pretrained", "cmmd_model", "cmmd_pretrained")
 
 
 def see_real(

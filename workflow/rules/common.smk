@@ -10,6 +10,7 @@ from snakemake.jobs import Job
 
 from ecodiff.config.plan import Plan
 from ecodiff.config.run import load_planned
+from ecodiff.config.sections import SEEN_BY
 from ecodiff.runtime import forkserver
 from ecodiff.runtime.artifacts import write_text
 from ecodiff.runtime.code import code_hash

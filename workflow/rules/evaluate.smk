@@ -1,6 +1,3 @@
-SEEN_BY = ("features", "resize", "clip_model", "clip_pretrained", "cmmd_model", "cmmd_pretrained")
-
-
 # What the real pictures look like, cut to the size of a model's: once for all models of that size.
 rule real:
     input:
