@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
 from ecodiff.models import families
 from ecodiff.models.calls import check_call, mixed_dtypes
@@ -124,14 +124,9 @@ def decode(pipe: DiffusionPipeline, latents: Tensor, call: Call) -> np.ndarray:
         latents = pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor)
     if latents.ndim == 5:  # causal in time: the first frame needs no other
         latents = latents[:, :, :1]
-    # SDXL's VAE overflows in half precision; its config says so.
-    upcast = family.upcasts and vae.dtype == torch.float16 and vae.config.force_upcast
-    if upcast:
-        vae.to(torch.float32)
-    latents = families.denormalised(vae, latents.to(vae.device, vae.dtype))
-    images = vae.decode(latents, return_dict=False)[0]
-    if upcast:
-        vae.to(torch.float16)
+    with _upcast(vae, family):
+        latents = families.denormalised(vae, latents.to(vae.device, vae.dtype))
+        images = vae.decode(latents, return_dict=False)[0]
     if images.ndim == 5:
         images = images[:, :, 0]
     finite = images.flatten(1).isfinite().all(1)
@@ -154,14 +149,10 @@ def encode_pictures(pipe: DiffusionPipeline, pictures: np.ndarray) -> Tensor:
     """
     vae, family = pipe.vae, families.family_of(pipe)
     pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).to(vae.device, vae.dtype) / 127.5 - 1
-    upcast = family.upcasts and vae.dtype == torch.float16 and vae.config.force_upcast
-    if upcast:
-        vae.to(torch.float32)
-        pixels = pixels.float()
     is_causal = vae.config.get("temperal_downsample") is not None
-    found = vae.encode(pixels[:, :, None] if is_causal else pixels)
-    if upcast:
-        vae.to(torch.float16)
+    with _upcast(vae, family):
+        pixels = pixels.to(vae.dtype)
+        found = vae.encode(pixels[:, :, None] if is_causal else pixels)
     latents = found.latent_dist.mode() if hasattr(found, "latent_dist") else found.latent
     latents = families.normalised(vae, latents.to(latent_dtype(pipe)))
     if family.is_packed:
@@ -169,6 +160,19 @@ def encode_pictures(pipe: DiffusionPipeline, pictures: np.ndarray) -> Tensor:
             latents = latents[:, :, 0]
         latents = pipe._pack_latents(latents, *latents.shape)
     return latents
+
+
+@contextmanager
+def _upcast(vae: nn.Module, family: families.Family) -> Iterator[None]:
+    """SDXL's VAE overflows in half precision; inside, it is float32 where its config says so."""
+    upcast = family.upcasts and vae.dtype == torch.float16 and vae.config.force_upcast
+    if upcast:
+        vae.to(torch.float32)
+    try:
+        yield
+    finally:
+        if upcast:
+            vae.to(torch.float16)
 
 
 def call_arguments(
