@@ -23,7 +23,13 @@ from diffusers import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten, treespec_dumps, treespec_loads
+from torch.utils._pytree import (
+    TreeSpec,
+    tree_flatten,
+    tree_unflatten,
+    treespec_dumps,
+    treespec_loads,
+)
 
 from ecodiff.models.families import Call, size
 from ecodiff.models.identity import same_denoiser
@@ -115,6 +121,8 @@ class Trajectory:
         steps: how many calls of the denoiser it holds.
         prompts, seeds: its captions, and the seeds of their starting noise.
         call: how the pipeline was called.
+        spec, leaves, places: the arguments of a call: their structure, those that are no tensors,
+            and which tensor of the file each of the others is at each step.
     """
 
     path: Path
@@ -122,17 +130,19 @@ class Trajectory:
     prompts: list[str]
     seeds: list[int]
     call: Call
+    spec: TreeSpec
+    leaves: list[Any]
+    places: dict[str, list[int]]
 
     def step(self, number: int, device: torch.device, dtype: torch.dtype) -> DenseStep:
         """Arguments and prediction of one call; floating-point tensors on a device in a dtype."""
         with safe_open(self.path, framework="pt") as file:
-            info = json.loads(file.metadata()["ecodiff"])
-            leaves = list(info["leaves"])
-            for index, places in info["tensors"].items():
+            leaves = list(self.leaves)
+            for index, places in self.places.items():
                 leaf = file.get_tensor(f"leaf.{index}.{places[number]}")
                 leaves[int(index)] = leaf.to(device, dtype if leaf.is_floating_point() else None)
             prediction = file.get_slice("prediction")[number].to(device)
-        args, kwargs = tree_unflatten(leaves, treespec_loads(info["spec"]))
+        args, kwargs = tree_unflatten(leaves, self.spec)
         return DenseStep(tuple(args), kwargs, prediction)
 
 
@@ -152,12 +162,17 @@ def read(folders: Sequence[Path], pipe: DiffusionPipeline, dense: str) -> list[T
         try:
             with safe_open(path, framework="pt") as file:
                 info = json.loads(file.metadata()["ecodiff"])
-                call, prompts, seeds = info["call"], info["prompts"], info["seeds"]
-                steps = file.get_slice("prediction").get_shape()[0]
+                one = Trajectory(
+                    path,
+                    file.get_slice("prediction").get_shape()[0],
+                    **{key: info[key] for key in ("prompts", "seeds", "call", "leaves")},
+                    spec=treespec_loads(info["spec"]),
+                    places=info["tensors"],
+                )
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: truncated, or no trajectory of ecodiff") from error
         check_fingerprint(str(path), info["fingerprint"], dense, pipe, same_denoiser)
-        found.append(Trajectory(path, steps, prompts, seeds, call))
+        found.append(one)
     if not found:
         raise UserError(f"{', '.join(map(str, folders))}: holds no trajectory")
     return found
