@@ -23,6 +23,7 @@ from ecodiff.models.structures import (
     maskable_share,
 )
 from ecodiff.runtime.errors import UserError
+from ecodiff.runtime.optimise import in_epochs
 from ecodiff.runtime.state import State
 from ecodiff.runtime.workers import Workers
 from ecodiff.trajectory.activations import affordable_steps
@@ -99,9 +100,7 @@ class Learner:
 
     def begin(self, state: State) -> list[dict[str, float]]:
         """Restore a saved state, or set the initial logits. Returns the history so far."""
-        found = state.restore()
-        if not self.workers.is_first:  # all processes read the state, only the first writes it
-            state.path = None
+        found = state.restore(writes=self.workers.is_first)
         if found is None:
             found = self.info([])
             if self.settings.first_logit == "sensitivity":
@@ -260,12 +259,8 @@ class Learner:
         batch = self.settings.batch * self.workers.count
         count = len(self.calibration.prompts)
         per_update = batch * self.settings.accumulate
-        places = range(iteration * per_update, (iteration + 1) * per_update)
-        orders: dict[int, list[int]] = {}
-        for epoch in {place // count for place in places}:
-            generator = torch.Generator().manual_seed(_mix(self.settings.seed, 0, epoch))
-            orders[epoch] = torch.randperm(count, generator=generator).tolist()
-        rows = [orders[place // count][place % count] for place in places]
+        turns = range(iteration * per_update, (iteration + 1) * per_update)
+        rows = in_epochs(turns, count, lambda epoch: _mix(self.settings.seed, 0, epoch))
         return [rows[start : start + batch] for start in range(0, per_update, batch)]
 
 

@@ -23,7 +23,7 @@ from ecodiff.runtime.code import code_hash
 from ecodiff.runtime.errors import UserError
 from ecodiff.runtime.optimise import optimise
 from ecodiff.runtime.progress import Row
-from ecodiff.runtime.state import State
+from ecodiff.runtime.state import State, beside
 from ecodiff.runtime.workers import Workers
 
 COLUMNS = ("step", "loss", "held_out", "lr", "seconds")
@@ -106,8 +106,7 @@ def _sheets(
     """What draws pictures as a model is retrained; nothing where there is no place for them."""
     if scratch is None or not settings.pictures or not Workers(pipe.device).is_first:
         return lambda step: None
-    folder = scratch.with_name(f"{scratch.stem.lstrip('.')}.pictures")
-    return Sheets(pipe, batch, settings.pictures, folder).draw
+    return Sheets(pipe, batch, settings.pictures, beside(scratch, "pictures")).draw
 
 
 def _split(batches: list[Trajectory]) -> tuple[list[Trajectory], list[Trajectory]]:

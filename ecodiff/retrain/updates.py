@@ -24,6 +24,7 @@ from ecodiff.config.sections import RetrainSettings
 from ecodiff.retrain.kinds import Parameters
 from ecodiff.retrain.trajectory import Trajectory
 from ecodiff.runtime.errors import UserError
+from ecodiff.runtime.optimise import in_epochs
 from ecodiff.runtime.state import State
 from ecodiff.runtime.workers import Workers
 from ecodiff.trajectory.rollout import prediction_of
@@ -84,9 +85,7 @@ class Updates:
 
     def begin(self, state: State) -> list[dict[str, float]]:
         """Restore a saved state, or look at the pruned model as it is. The history so far."""
-        found = state.restore()
-        if not self.workers.is_first:  # all processes read the state, only the first writes it
-            state.path = None
+        found = state.restore(writes=self.workers.is_first)
         if found is None:
             self.lowest = self._held_out()
             self.on_check(0)
@@ -172,16 +171,10 @@ class Updates:
         """What an update learns from, all processes together: all calls of all batches are seen
         once, in random order, before any is seen again."""
         each = self.settings.accumulate * self.workers.count
-        orders: dict[int, list[int]] = {}
-        chosen = []
-        for place in range(number * each, (number + 1) * each):
-            epoch, index = divmod(place, len(self.places))
-            if epoch not in orders:
-                seed = self.settings.seed * 1_000_003 + epoch
-                generator = torch.Generator().manual_seed(seed)
-                orders[epoch] = torch.randperm(len(self.places), generator=generator).tolist()
-            chosen.append(self.places[orders[epoch][index]])
-        return chosen
+        turns = range(number * each, (number + 1) * each)
+        seed = self.settings.seed * 1_000_003
+        chosen = in_epochs(turns, len(self.places), lambda epoch: seed + epoch)
+        return [self.places[index] for index in chosen]
 
     def _held_out(self) -> float:
         """The mean loss at the held-out calls."""

@@ -4,14 +4,34 @@ and how it ends when it is told to stop or its numbers are not finite."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
+
+import torch
 
 from ecodiff.runtime.errors import Stopped, UserError
 from ecodiff.runtime.progress import Row, watched
 from ecodiff.runtime.state import State, Termination
 
 log = logging.getLogger(__name__)
+
+
+def in_epochs(turns: Iterable[int], count: int, seed: Callable[[int], int]) -> list[int]:
+    """Which of `count` things has each turn: all of them once, in random order, before any again.
+
+    Args:
+        turns: numbers of turns, from 0.
+        count: the number of things.
+        seed: of the order of an epoch, by its number.
+    """
+    orders: dict[int, list[int]] = {}
+    chosen = []
+    for epoch, place in (divmod(turn, count) for turn in turns):
+        if epoch not in orders:
+            generator = torch.Generator().manual_seed(seed(epoch))
+            orders[epoch] = torch.randperm(count, generator=generator).tolist()
+        chosen.append(orders[epoch][place])
+    return chosen
 
 
 class Updates(Protocol):

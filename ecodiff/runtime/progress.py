@@ -18,6 +18,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from ecodiff.runtime.state import beside
+
 log = logging.getLogger(__name__)
 Row = Mapping[str, float]
 
@@ -65,4 +67,4 @@ def _tensorboard(scratch: Path | None) -> Any:
         return None
     if scratch is None:
         return None
-    return SummaryWriter(scratch.with_name(f"{scratch.stem.lstrip('.')}.tensorboard"))
+    return SummaryWriter(beside(scratch, "tensorboard"))

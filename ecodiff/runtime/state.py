@@ -29,6 +29,11 @@ def unfinished(out: Path) -> Path:
     return out.with_name(f".{out.name}.unfinished")
 
 
+def beside(scratch: Path, what: str) -> Path:
+    """A folder that a person looks into while the state of an unfinished output lies there."""
+    return scratch.with_name(f"{scratch.stem.lstrip('.')}.{what}")
+
+
 class Termination:
     """Turns SIGTERM into `Stopped`, as soon as nothing is half done.
 
@@ -100,8 +105,18 @@ class State:
         with atomic(self.path) as scratch:
             save_file(self._tensors(), scratch, metadata={"ecodiff": text})
 
-    def restore(self) -> dict[str, Any] | None:
-        """Load the state into parameters and optimiser; what `write` was given, None without."""
+    def restore(self, writes: bool = True) -> dict[str, Any] | None:
+        """Load the state into parameters and optimiser; what `write` was given, None without.
+
+        Args:
+            writes: whether this process keeps the file from here on; of several, the first does.
+        """
+        found = self._read()
+        if not writes:
+            self.path = None
+        return found
+
+    def _read(self) -> dict[str, Any] | None:
         if self.path is None or not self.path.is_file():
             return None
         try:
