@@ -2,9 +2,7 @@
 
 import json
 import logging
-import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from tiny import CALLS, tiny
+from two_processes import in_two_processes
 
 from ecodiff.calibrate import calibrate
 from ecodiff.config.sections import LearningRates, MaskSettings
@@ -225,23 +224,13 @@ SHARED = MaskSettings(iterations=3, batch=1, accumulate=2, modulation="channels"
 
 @pytest.mark.slow
 def test_two_processes_learn_what_one_does_with_the_doubled_batch(flux, tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
     script = (
         "import sys, torch; sys.path.insert(0, sys.argv[1]);"
         "from test_mask_learn import SHARED, recorded; from ecodiff.mask.learn import learn_mask;"
         "scores, history = learn_mask(*recorded('flux'), SHARED, 0.1, sys.argv[2] + '/state');"
         "history.to_csv(sys.argv[3] + '.csv'); torch.save(scores, sys.argv[3])"
     )
-    jobs = []
-    for rank in range(2):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
-        environment = {**os.environ, **{key: str(value) for key, value in place.items()}}
-        environment |= {"MASTER_ADDR": "localhost", "ACCELERATE_USE_CPU": "true"}
-        command = [sys.executable, "-c", script, Path(__file__).parent, tmp_path]
-        jobs.append(subprocess.Popen([*command, tmp_path / f"{rank}.pt"], env=environment))
-    assert [job.wait() for job in jobs] == [0, 0]
+    assert in_two_processes(script, lambda rank: [tmp_path, tmp_path / f"{rank}.pt"]) == [0, 0]
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     doubled = SHARED.model_copy(update={"batch": 2})
     alone, history = learn_mask(*flux, doubled, 0.1)

@@ -14,11 +14,10 @@ from diffusers.training_utils import _collate_lora_metadata
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from tiny import CALLS, tiny
+from tiny import tiny, z0
 from torch import nn
 
 import ecodiff
-from ecodiff.models.pipelines import denoise, encode, starting_noise
 from ecodiff.models.structures import denoiser_of, discover
 from ecodiff.runtime.errors import UserError
 from ecodiff.trajectory.gates import Gates
@@ -34,12 +33,6 @@ def some_units(pipe):
         units = torch.arange(s.units)
         kept[s.name] = [units < 0, units == 1, units % 2 == 0, units % 3 > 0][i % 4]
     return kept
-
-
-def z0(pipe, family):
-    call = CALLS[family]
-    embeds, noise = encode(pipe, ["a red square"], call), starting_noise(pipe, [3], call)
-    return denoise(pipe, embeds, noise, call)
 
 
 def pruned(family):

@@ -18,11 +18,11 @@ from diffusers import (
 from diffusers.hooks import apply_group_offloading
 from peft import LoraConfig, get_peft_model
 from PIL import Image
-from tiny import CALLS, calibrated, tiny, whole_mask
+from tiny import CALLS, calibrated, tiny, whole_mask, z0
 
 import ecodiff
 from ecodiff.calibrate import calibrate
-from ecodiff.models.pipelines import denoise, encode, fingerprint, starting_noise
+from ecodiff.models.pipelines import fingerprint
 from ecodiff.models.pruned import Pruned
 from ecodiff.models.structures import denoiser_of, discover
 from ecodiff.runtime.errors import UserError
@@ -34,12 +34,6 @@ FAMILIES = ("sdxl", "flux")
 
 def some_units(pipe):
     return {s.name: torch.arange(s.units) % 3 > 0 for s in discover(pipe)}
-
-
-def z0(pipe, family):
-    call = CALLS[family]
-    embeds, noise = encode(pipe, ["a red square"], call), starting_noise(pipe, [3], call)
-    return denoise(pipe, embeds, noise, call)
 
 
 def pruned(family):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import CALLS, tiny, whole_mask
+from tiny import CALLS, tiny, whole_mask, z0
 
 import ecodiff
 from ecodiff.calibrate import calibrate, gather_grams
 from ecodiff.mask import make_mask
-from ecodiff.models.pipelines import denoise, dense_fingerprint, encode, fingerprint, starting_noise
+from ecodiff.models.pipelines import dense_fingerprint, fingerprint
 from ecodiff.models.pruned import unpacked
 from ecodiff.models.structures import count_parameters, denoiser_of, discover
 from ecodiff.runtime.errors import UserError
@@ -27,12 +27,6 @@ def by_turns(structures, first):
             (i + first) % 4
         ]
     return kept
-
-
-def z0(pipe, family):
-    call = CALLS[family]
-    embeds, noise = encode(pipe, ["a red square"], call), starting_noise(pipe, [3], call)
-    return denoise(pipe, embeds, noise, call)
 
 
 def twice(family):

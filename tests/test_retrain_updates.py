@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import socket
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -16,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_retrain import PROMPTS, SETTINGS, half_pruned, weights
 from tiny import CALLS, tiny
+from two_processes import in_two_processes
 
 from ecodiff.config.sections import RetrainSettings
 from ecodiff.models.structures import denoiser_of
@@ -269,23 +268,15 @@ def test_a_killed_run_goes_on_and_gives_the_same_weights_to_the_bit(data, tmp_pa
 
 @pytest.mark.slow
 def test_two_processes_learn_what_one_does_with_the_doubled_batch(data, tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
     script = (
         "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]);"
         "from test_retrain_updates import STOPPED, run;"
         "run(STOPPED[sys.argv[4]], Path(sys.argv[2]), Path(sys.argv[3]))"
     )
-    jobs = []
     for rank in range(2):
         (tmp_path / str(rank)).mkdir()
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
-        environment = {**os.environ, **{key: str(value) for key, value in place.items()}}
-        environment |= {"MASTER_ADDR": "localhost", "ACCELERATE_USE_CPU": "true"}
-        command = [sys.executable, "-c", script, Path(__file__).parent, data, tmp_path / str(rank)]
-        jobs.append(subprocess.Popen([*command, "average"], env=environment))
-    assert [job.wait() for job in jobs] == [0, 0]
+    words = [[data, tmp_path / str(rank), "average"] for rank in range(2)]
+    assert in_two_processes(script, words.__getitem__) == [0, 0]
     (tmp_path / "alone").mkdir()
     run(STOPPED["average"].model_copy(update={"accumulate": 2}), data, tmp_path / "alone")
     found = {

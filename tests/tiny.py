@@ -34,6 +34,7 @@ from diffusers import (
     ZImageTransformer2DModel,
 )
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import Tensor
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -54,7 +55,7 @@ from transformers import (
 
 from ecodiff.calibrate import Calibration, calibrate
 from ecodiff.mask import Mask
-from ecodiff.models.pipelines import fingerprint
+from ecodiff.models.pipelines import denoise, encode, fingerprint, starting_noise
 from ecodiff.models.structures import discover
 from ecodiff.toys import flux, sdxl, text, vae, world
 
@@ -447,3 +448,10 @@ def whole_mask(pipe: DiffusionPipeline, kept: dict, means: dict | None = None) -
     scores = {s.name: torch.zeros(s.units) for s in structures}
     whole = {s.name: torch.ones(s.units, dtype=torch.bool) for s in structures}
     return Mask(scores, {**whole, **kept}, fingerprint(pipe), means=means or {})
+
+
+def z0(pipe: DiffusionPipeline, family: str) -> Tensor:
+    """The final latent of a prompt."""
+    call = CALLS[family]
+    embeds, noise = encode(pipe, ["a red square"], call), starting_noise(pipe, [3], call)
+    return denoise(pipe, embeds, noise, call)
