@@ -34,22 +34,55 @@ def test_wanda_weighs_columns_by_the_norm_of_their_input():
     assert found["pair.neurons"].tolist() == [9.0, 6.0]
 
 
-def test_obs_ranks_by_the_error_that_is_left_once_the_rest_is_solved_again(monkeypatch):
-    monkeypatch.setattr(peers, "DAMP", 1e-9)
+def errors_without(weight, x, groups):
+    """The squared error that is left when each group of columns is removed and the rest solved."""
+    errors = []
+    for group in groups:
+        kept = torch.tensor([c for c in range(len(x)) if c not in group])
+        solved, _ = solve(weight, None, x @ x.T, x.sum(1), x.shape[1], kept, ridge=1e-9)
+        errors.append((weight @ x - solved @ x[kept]).square().sum().item())
+    return errors
+
+
+def layer_of_stand_ins():
+    """A linear of eight inputs whose columns 0 and 1 are the largest, and 2 and 3 nearly theirs."""
     torch.manual_seed(0)
-    model = nn.ModuleDict({"out": nn.Linear(8, 5, bias=False)})
-    heads = Structure("a.heads", "heads", 4, 2, (), (Port("out"),), 10)
     x = torch.randn(8, 50, dtype=torch.float64)
-    x[:2] = 5 * x[2:4] + 0.1 * x[:2]  # the largest head, and the second can stand in for it
-    weight, gram, errors = model["out"].weight.detach().double(), x @ x.T, []
-    for head in range(4):
-        kept = torch.tensor([c for c in range(8) if c // 2 != head])
-        solved, _ = solve(weight, None, gram, x.sum(1), 50, kept, ridge=1e-9)
-        errors.append((weight @ x - solved @ x[kept]).square().sum())
-    found = peers.obs(model, [heads], grams_of("out", gram))["a.heads"]
-    assert found.argsort().tolist() == torch.stack(errors).argsort().tolist()
-    columns = (weight.square().sum(0) * gram.diagonal()).view(4, 2).sum(1)
-    assert found.argsort().tolist() != columns.argsort().tolist()  # or the test would show nothing
+    x[:2] = 5 * x[2:4] + 0.1 * x[:2]
+    model = nn.ModuleDict({"out": nn.Linear(8, 5, bias=False)})
+    return model, model["out"].weight.detach().double(), x
+
+
+def test_obs_scores_neurons_by_the_error_that_is_left_once_the_rest_is_solved_again(monkeypatch):
+    monkeypatch.setattr(peers, "DAMP", 1e-9)
+    model, weight, x = layer_of_stand_ins()
+    neurons = Structure("a.neurons", "neurons", 8, 1, (), (Port("out"),), 5)
+    found = peers.obs(model, [neurons], grams_of("out", x @ x.T))["a.neurons"]
+    errors = errors_without(weight, x, [[c] for c in range(8)])
+    torch.testing.assert_close(found.double(), torch.tensor(errors).double(), rtol=1e-4, atol=0)
+
+
+def test_obs_removes_heads_one_by_one_and_scores_the_others_again(monkeypatch):
+    monkeypatch.setattr(peers, "DAMP", 1e-9)
+    model, weight, x = layer_of_stand_ins()
+    heads = Structure("a.heads", "heads", 4, 2, (), (Port("out"),), 10)
+    found = peers.obs(model, [heads], grams_of("out", x @ x.T))["a.heads"]
+    gone, order = [], []
+    for _ in range(3):  # the head whose loss, after those that are gone, costs least
+        left = [head for head in range(4) if head not in order]
+        errors = errors_without(weight, x, [[*gone, 2 * h, 2 * h + 1] for h in left])
+        order.append(left[errors.index(min(errors))])
+        gone += [2 * order[-1], 2 * order[-1] + 1]
+    order += {0, 1, 2, 3} - {*order}
+    assert found.argsort().tolist() == order
+    alone = errors_without(weight, x, [[2 * h, 2 * h + 1] for h in range(4)])
+    assert order != sorted(range(4), key=alone.__getitem__)  # or the test would show nothing
+
+
+def test_inner_blocks_leaves_the_first_and_the_last_block_for_the_end():
+    names = [f"blocks.{n}.ff.neurons" for n in (0, 1, 2)] + ["mid_block.attentions.0.ff.neurons"]
+    found = peers.inner_blocks({name: torch.ones(2) for name in ["embedder.neurons", *names]})
+    assert [name for name, score in found.items() if score.isinf().all()] == [names[0], names[2]]
 
 
 def test_units_that_nothing_consumes_stay_for_as_long_as_possible(recorded):

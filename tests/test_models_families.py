@@ -239,8 +239,8 @@ def test_every_method_that_scores_at_once_knows_the_family(dense, monkeypatch):
         for s in structures:
             assert found[s.name].shape == (s.units,)
             assert not found[s.name].isnan().any()
-            known = s.consumers or method not in ("obs", "wanda")
-            assert found[s.name].isfinite().all() or not known or method == "depth"
+            known = s.consumers or method not in ("obs", "obs-inner", "wanda")
+            assert found[s.name].isfinite().all() or not known or method in ("depth", "obs-inner")
 
 
 def test_guidance_is_off_where_the_pipeline_says_so(dense):

@@ -97,10 +97,21 @@ _ALL = (
         title="OBS-Diff score",
         function="ecodiff.mask.methods:obs",
         score="error of a layer without the unit once the rest of the layer is solved again, on "
-        "the inputs of all steps, early ones weighing more (1.2 to 0.8, logarithmic)",
+        "the inputs of all steps, early ones weighing more (1.2 to 0.8, logarithmic); heads one by "
+        "one",
         source="OBS-Diff, Zhu et al. 2025",
         looks_at="calibration",
         colours=("#882255", "#CC6688"),
+        ranks="structure",
+    ),
+    Method(
+        name="obs-inner",
+        title="OBS-Diff score, inner blocks",
+        function="ecodiff.mask.methods:obs_of_inner_blocks",
+        score="as `obs`, but the first and the last block go last",
+        source="OBS-Diff",
+        looks_at="calibration",
+        colours=("#DDAA33", "#EECC88"),
         ranks="structure",
     ),
     Method(

@@ -162,6 +162,11 @@ def obs(pipe: DiffusionPipeline, request: Request) -> Scores:
     return peers.obs(denoiser_of(pipe), structures, grams)
 
 
+def obs_of_inner_blocks(pipe: DiffusionPipeline, request: Request) -> Scores:
+    """See `peers.obs` and `peers.inner_blocks`."""
+    return peers.inner_blocks(obs(pipe, request))
+
+
 def depth(pipe: DiffusionPipeline, request: Request) -> Scores:
     """See `peers.depth`."""
     return peers.depth(pipe, request.recorded(), request.settings.batch)

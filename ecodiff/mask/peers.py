@@ -9,7 +9,8 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -63,10 +64,10 @@ def obs(denoiser: nn.Module, structures: Sequence[Structure], grams: Grams) -> d
 
         saliency = tr(W_B [H^-1]_BB^-1 W_B^T),   B = the columns of the unit,  H = X X^T
 
-    H is damped by 1 % of its mean diagonal. Saliencies of several consumers are added, where
-    OBS-Diff merges their rankings. All units are scored at once, where OBS-Diff scores the
-    remaining heads again after each removal. Its weight update is the least-squares compensation of
-    the stage `prune`.
+    H is damped by 1 % of its mean diagonal. Neurons are scored at once. Heads go one by one: the
+    head of least saliency is removed, the others' columns are re-solved, and those are scored
+    again. Saliencies of several consumers are added, where OBS-Diff merges their rankings. Its
+    weight update is the least-squares compensation of the stage `prune`.
 
     Args:
         denoiser: the dense denoiser.
@@ -75,21 +76,88 @@ def obs(denoiser: nn.Module, structures: Sequence[Structure], grams: Grams) -> d
             for OBS-Diff's "timestep-aware Hessian construction".
 
     Returns:
-        Structure name -> fp32 (units,), on the CPU; infinite for modulation, which has no consumer.
+        Structure name -> fp32 (units,), on the CPU: saliencies of neurons, and of heads the place
+        at which they go, from 0; infinite for modulation, which has no consumer.
     """
-    found = {s.name: torch.zeros(s.units) for s in structures}
     inverses: dict[str, Tensor] = {}
+    found = {}
     for s in structures:
         for port in s.consumers:
             if port.module not in inverses:
                 inverses[port.module] = _damped_inverse(grams.gram[port.module])
-            inverse = inverses[port.module]
-            weight = _matrix(denoiser, port).to(inverse)
-            columns = s.columns(port, torch.arange(s.units)).view(-1, s.units, s.width)
-            for unit, own in enumerate(columns.transpose(0, 1).flatten(1).to(weight.device)):
-                block = torch.linalg.inv(inverse[own][:, own])
-                found[s.name][unit] += (weight[:, own] @ block * weight[:, own]).sum().cpu().float()
+        layers = [_Layer.of(s, port, denoiser, inverses[port.module]) for port in s.consumers]
+        if s.width == 1:
+            found[s.name] = sum((one.saliencies() for one in layers), torch.zeros(s.units))
+        else:
+            found[s.name] = _places_of_removal(layers, s.units)
     return _only_consumed(structures, found)
+
+
+def inner_blocks(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Scores that remove units of the first and the last block last; OBS-Diff leaves both whole.
+
+    Args:
+        scores: structure name -> (units,), in the order of the model's blocks.
+
+    Returns:
+        The same, infinite where a structure belongs to one of these two blocks. The middle block of
+        a U-Net, which its modules list last, is not taken for the last.
+    """
+    blocks = [block for name in scores if (block := _block(name)) and "mid_block" not in block]
+    ends = {*blocks[:1], *blocks[-1:]}
+    return {
+        name: torch.full_like(values, math.inf) if _block(name) in ends else values
+        for name, values in scores.items()
+    }
+
+
+@dataclass
+class _Layer:
+    """A consumer of a structure, as heads are removed from it.
+
+    Attributes:
+        weight: (out, in), float64.
+        inverse: H^-1 of its inputs, (in, in), float64.
+        columns: of each unit, (units, columns of a unit).
+    """
+
+    weight: Tensor
+    inverse: Tensor
+    columns: Tensor
+
+    @classmethod
+    def of(cls, s: Structure, port: Port, denoiser: nn.Module, inverse: Tensor) -> _Layer:
+        columns = s.columns(port, torch.arange(s.units)).view(-1, s.units, s.width)
+        columns = columns.transpose(0, 1).flatten(1).to(inverse.device)
+        return cls(_matrix(denoiser, port).to(inverse), inverse, columns)
+
+    def saliencies(self) -> Tensor:
+        """tr(W_B [H^-1]_BB^-1 W_B^T) of each unit's columns B, fp32 (units,), on the CPU."""
+        own = self.columns
+        blocks = torch.linalg.inv(self.inverse[own[:, :, None], own[:, None, :]])
+        weights = self.weight[:, own].transpose(0, 1)  # (units, out, columns)
+        return ((weights @ blocks) * weights).sum((1, 2)).float().cpu()
+
+    def without(self, unit: int) -> _Layer:
+        """The layer without a unit, its other columns solved again; the unit's become 0."""
+        own = self.columns[unit]
+        update = torch.linalg.solve(self.inverse[own][:, own], self.inverse[own])
+        weight = self.weight - self.weight[:, own] @ update
+        inverse = self.inverse - self.inverse[:, own] @ update
+        inverse[own, own] = 1.0  # its columns of the weight are 0, so it has no saliency left
+        return _Layer(weight, inverse, self.columns)
+
+
+def _places_of_removal(layers: Sequence[_Layer], units: int) -> Tensor:
+    """The place at which each unit goes, from 0, when the least salient goes first: (units,)."""
+    places, here = torch.zeros(units), list(range(units))
+    for place in range(units):
+        total = sum((one.saliencies() for one in layers), torch.zeros(units))
+        unit = min(here, key=lambda one: total[one].item())
+        here.remove(unit)
+        places[unit] = place
+        layers = [one.without(unit) for one in layers]
+    return places
 
 
 def decreasing_weight(step: int, steps: int) -> float:
