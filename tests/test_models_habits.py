@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from diffusers import (
-    AutoModel,
     ControlNetModel,
     FluxTransformer2DModel,
     StableDiffusionXLControlNetPipeline,
@@ -175,46 +171,6 @@ def test_a_model_that_is_offloaded_as_a_whole_is_pruned():
     pipe.enable_model_cpu_offload(device="cpu")
     ecodiff.prune(pipe, some_units(tiny("flux")))
     close(z0(pipe, "flux"), z0(pruned("flux"), "flux"))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_denoiser_alone_is_loaded_by_auto_model(family, tmp_path):
-    pipe = pruned(family)
-    ecodiff.save(pipe, tmp_path)
-    name = NAMES[family]
-    (tmp_path / name / "ecodiff.py").write_text("raise RuntimeError('it was run')")
-    options = {"subfolder": name}
-    for place, given in (
-        (tmp_path, options),
-        (tmp_path, {**options, "trust_remote_code": True}),
-        (tmp_path / name, {"trust_remote_code": True}),
-    ):
-        part = AutoModel.from_pretrained(str(place), **given)
-        assert type(part) is type(denoiser_of(pipe))
-        setattr(pipe, name, part)
-        close(z0(pipe, family), z0(pruned(family), family))
-
-
-@pytest.mark.slow
-def test_auto_model_needs_no_ecodiff(tmp_path):
-    pipe = pruned("sdxl")
-    ecodiff.save(pipe, tmp_path / "model")
-    script = (
-        "import sys; sys.modules['ecodiff'] = None\n"
-        "from diffusers import AutoModel\n"
-        "unet = AutoModel.from_pretrained('model/unet', trust_remote_code=True)\n"
-        "print(type(unet).__name__, unet.num_parameters())\n"
-    )
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "home")}
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=tmp_path,
-        env=environment,
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    assert done.stdout.split() == ["PrunedUNet2DConditionModel", str(pipe.unet.num_parameters())]
 
 
 def test_the_config_of_a_loaded_model_is_the_saved_one(tmp_path):

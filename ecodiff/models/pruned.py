@@ -36,9 +36,10 @@ import torch
 from diffusers import ModelMixin
 from diffusers.loaders.lora_base import _fetch_state_dict
 from diffusers.loaders.lora_pipeline import FluxLoraLoaderMixin
-from diffusers.utils import convert_unet_state_dict_to_peft
+from diffusers.utils import convert_unet_state_dict_to_peft, logging
 from torch import Tensor, nn
 
+log = logging.get_logger("diffusers.ecodiff")  # said as loudly as diffusers' own warnings
 CLASS_FILE = "ecodiff.py"
 # How an adapter's tensors follow their layer: whether its rows or columns, and in which dimension.
 _CUTS = {"lora_A": ("columns", 1), "lora_B": ("rows", 0), "lora_magnitude_vector": ("rows", 0)}
@@ -196,6 +197,18 @@ class Pruned:
         _apply(model, record)
         model.register_to_config(pruned=dict(record))
         return (model, unused) if return_unused_kwargs else model
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Self:
+        """Load weights and config; same contract as `ModelMixin.from_pretrained`. Warns when the
+        class file in the folder is not this one."""
+        file = Path(pretrained_model_name_or_path, options.get("subfolder") or "", CLASS_FILE)
+        if file.is_file() and file.read_bytes() != Path(__file__).read_bytes():
+            log.warning(
+                f"{file} was edited, or saved by another version of ecodiff: it differs from"
+                f" {__file__}, whose class is used; its own code is not run"
+            )
+        return super().from_pretrained(pretrained_model_name_or_path, **options)
 
     @wraps(ModelMixin.save_pretrained)  # diffusers inspects its signature
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:

@@ -8,6 +8,7 @@ business. Safetensors only.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,13 +25,14 @@ from torch import Tensor, nn
 from ecodiff.models.card import CARD, card_of
 from ecodiff.models.complete import check_components, read_json
 from ecodiff.models.libraries import plain, refuse_offloaded
-from ecodiff.models.pruned import Pruned
+from ecodiff.models.pruned import CLASS_FILE, Pruned
 from ecodiff.models.structures import Structure, denoiser_of, discover
 from ecodiff.runtime.artifacts import MARKER, atomic
 from ecodiff.runtime.errors import UserError, first_line
 
 SHARD = "5GB"  # the largest file that is written
 MASK = "mask.safetensors"  # beside a pruned model
+INDEX = "model_index.json"
 
 
 def dense_structures(denoiser: ModelMixin) -> list[Structure]:
@@ -80,6 +82,7 @@ def save(pipe: DiffusionPipeline, folder: str | Path, mask: Beside | None = None
             mask.save(scratch / MASK)
         denoiser = denoiser_of(pipe)
         if isinstance(denoiser, Pruned):
+            _name_class(scratch / INDEX, denoiser)
             dense = _dense(denoiser)
             by = "rank" if denoiser.config["pruned"].get("ranks") else "channels"
             beside = (MASK, mask.info.get("method")) if mask is not None else ()
@@ -111,6 +114,18 @@ def _refuse_changed(name: str, part: nn.Module) -> None:
     if any(getattr(module, "fused_projections", False) for module in modules):
         raise UserError(f"save: {name}: projections were fused; load it again, save, then fuse")
     refuse_offloaded(part, f"save: {name}")
+
+
+def _name_class(index: Path, denoiser: ModelMixin) -> None:
+    """Say in model_index.json where `AutoModel` finds the class of a pruned denoiser.
+
+    It looks there first, and then into no config.json. Pipelines pass over a key that is said to
+    have its default value; otherwise they would warn of one that they don't know.
+    """
+    config = read_json(index)
+    config["auto_map"] = {"AutoModel": f"{Path(CLASS_FILE).stem}.{type(denoiser).__name__}"}
+    config["_use_default_values"] = {"auto_map": True}  # lists are components
+    index.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 @contextmanager
@@ -147,7 +162,7 @@ def load(
         UserError: files are missing, truncated or pickles, or config and weights disagree.
     """
     folder = Path(folder)
-    index = read_json(folder / "model_index.json")
+    index = read_json(folder / INDEX)
     components = components_of(index, folder)
     absent = {} if encoders else text_parts(components)
     wanted = {name: kind for name, kind in components.items() if name not in absent}
