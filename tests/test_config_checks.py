@@ -177,3 +177,18 @@ def test_weights_that_a_run_will_fetch_at_its_end_are_said_at_its_start(
     place.touch()
     load_planned(config(evaluate=evaluate), [])
     assert not caplog.messages
+
+
+@pytest.mark.parametrize("part", ["unet", "transformer"])
+def test_a_quantised_base_is_refused_before_the_first_job(part, tmp_path):
+    (tmp_path / "model_index.json").write_text("{}")
+    file = tmp_path / part / "config.json"
+    file.parent.mkdir()
+    for text in ("not JSON", "[]", "{}", '{"quantization_config": null}'):
+        file.write_text(text)
+        models = {"toy": {"source": str(tmp_path), "call": CALL}}
+        assert not [*missing(load_config(config(models=models)))]
+    file.write_text('{"quantization_config": {"quant_method": "bitsandbytes"}}')
+    assert [*missing(load_config(config(models=models)))] == [
+        (("models", "toy", "source"), f"{tmp_path} is quantised (bitsandbytes)")
+    ]

@@ -57,6 +57,15 @@ def test_pickled_weights_are_refused(tmp_path):
         loading.load_pipeline(tmp_path)
 
 
+def test_a_quantised_base_is_refused_before_it_is_loaded(tmp_path):
+    tiny_flux().save_pretrained(tmp_path)
+    file = tmp_path / "transformer/config.json"
+    config = json.loads(file.read_text()) | {"quantization_config": {"quant_method": "torchao"}}
+    file.write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"is quantised \(torchao\), which is not read here"):
+        loading.load_pipeline(tmp_path)
+
+
 def test_a_broken_index_is_refused(tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps({})[:1])
     with pytest.raises(UserError, match="JSON"):

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections import Counter
@@ -51,6 +52,8 @@ def missing(config: Config) -> Iterator[Mistake]:
             yield ("models", name, "source"), f"there is no file or folder {model.source}"
         elif Path(model.source).is_dir() and not Path(model.source, "model_index.json").is_file():
             yield ("models", name, "source"), f"{model.source} holds no model_index.json"
+        elif quantised := quantiser_of(Path(model.source)):
+            yield ("models", name, "source"), f"{model.source} is quantised ({quantised})"
     for name, prompts in config.prompts.items():
         if prompts.path is not None and not Path(prompts.path).is_file():
             yield ("prompts", name, "path"), f"there is no file {prompts.path}"
@@ -87,6 +90,18 @@ def is_local(source: str) -> bool:
     """
     is_path = source.startswith((".", "/", "~")) or Path(source.split("/")[0]).is_dir()
     return is_path or not re.fullmatch(r"[\w.-]+/[\w.-]+", source)
+
+
+def quantiser_of(folder: Path) -> str | None:
+    """The method that a pipeline folder's denoiser was quantised by; None: it wasn't, by what its
+    config says."""
+    for part in ("unet", "transformer"):
+        try:
+            config = json.loads((folder / part / "config.json").read_text(encoding="utf-8"))
+            return str(config["quantization_config"].get("quant_method"))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            continue  # whoever loads it says what is wrong
+    return None
 
 
 def _names(config: Config) -> Iterator[Mistake]:

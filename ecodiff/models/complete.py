@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ecodiff.config.checks import quantiser_of
 from ecodiff.models import pruned
 from ecodiff.models.libraries import errors_only
 from ecodiff.runtime.errors import UserError, first_line
@@ -40,10 +41,15 @@ def check_components(
         The tokenizers, by name.
 
     Raises:
-        UserError: the first file that is missing or broken, or the tensors that aren't those of
-            the component's config.
+        UserError: the denoiser is quantised, the first file that is missing or broken, or the
+            tensors that aren't those of the component's config.
     """
-    tokenizers = {}
+    tokenizers, quantiser = {}, quantiser_of(folder)
+    if quantiser:
+        raise UserError(
+            f"{folder} is quantised ({quantiser}), which is not read here; prune the model that"
+            " it was made of, and quantise what is left (see docs/next-steps.md)"
+        )
     for name, (library, class_name) in components.items():
         part, kind = folder / name, _class(folder, name, library, class_name)
         if not part.is_dir():

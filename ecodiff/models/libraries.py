@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from diffusers.utils import logging as diffusers_logging
-from torch import nn
+from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from ecodiff.runtime.errors import UserError
@@ -61,4 +61,17 @@ def refuse_offloaded(module: nn.Module, what: str) -> None:
             raise UserError(
                 f"{what}: {type(module).__name__} is offloaded; do this before sequential or group"
                 " offloading, or after remove_all_hooks() of the pipeline"
+            )
+
+
+def refuse_quantised(module: nn.Module) -> None:
+    """Raise `UserError` when weights are packed, of a quantiser's type or of eight bits: their rows
+    and columns can't be chosen."""
+    for name, weight in module.named_parameters():
+        kind = type(weight.data) if type(weight) is nn.Parameter else type(weight)
+        if kind is not Tensor or not weight.is_floating_point() or weight.element_size() < 2:
+            found = weight.dtype if kind is Tensor else kind.__name__
+            raise UserError(
+                f"{type(module).__name__} is quantised ({name}: {found}); prune the model that it"
+                " was made of, and quantise what is left (see docs/next-steps.md)"
             )

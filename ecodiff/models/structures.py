@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ecodiff.models.libraries import plain
+from ecodiff.models.libraries import plain, refuse_quantised
 from ecodiff.models.pruned import LowRankLinear, NoHeads, ScatterLinear
 from ecodiff.runtime.errors import UserError
 
@@ -148,10 +148,11 @@ def discover(model: Any, modulation: Modulation = "channels") -> list[Structure]
             output, as in the paper, or directions of the input (`rank`).
 
     Raises:
-        UserError: the denoiser's transformer blocks are not understood, or only in part; the
-            modules are named.
+        UserError: the denoiser is quantised, or its transformer blocks are not understood, or only
+            in part; the modules are named.
     """
     denoiser = denoiser_of(model)
+    refuse_quantised(denoiser)
     recognisers = (*_RECOGNISERS, {"channels": _modulation, "rank": _directions}[modulation])
     structures = [
         structure
@@ -165,7 +166,7 @@ def discover(model: Any, modulation: Modulation = "channels") -> list[Structure]
         listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
         raise UserError(
             f"{type(denoiser).__name__} is not supported; not understood: {listed or 'no linears'}"
-            " (see docs/families.md; adapters must be merged, weights not quantised)"
+            " (see docs/families.md; adapters must be merged)"
         )
     return structures
 
