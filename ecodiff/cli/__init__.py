@@ -28,6 +28,7 @@ for verb in (
     stages.calibrate,
     stages.grams,
     stages.mask,
+    stages.published,
     stages.prune,
     stages.trajectory,
     stages.retrain,

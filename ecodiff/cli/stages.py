@@ -138,6 +138,27 @@ def mask(
         details |= found.info
 
 
+def published(
+    model: Model,
+    out: Out,
+    files: Annotated[
+        list[Path], typer.Argument(help="*attn.pt, *ff.pt and *norm.pt, as there are.")
+    ],
+    percent: Annotated[int, typer.Option(min=0, max=100, help="Parameters to remove.")],
+    load: Load = None,
+    config: ConfigFile = None,
+    of: Of = None,
+) -> None:
+    """Make a mask of the logits that EcoDiff's authors publish."""
+    from ecodiff.mask.published import published_mask
+
+    with job("mask", out, reads=[model, *files, config]) as details:
+        pipe = Source(config, of).load(model, load, encoders=False)
+        found = published_mask(pipe, files, percent / 100)
+        found.save(out)
+        details |= found.info
+
+
 def prune(
     model: Model,
     mask: Annotated[Path, typer.Argument(help="What `ecodiff mask` wrote.")],

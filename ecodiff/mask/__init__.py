@@ -93,7 +93,7 @@ class Mask:
         """
         self.check(pipe)
         settings = MaskSettings.model_validate(self.info["settings"])
-        found = _selected(pipe, self.scores, sparsity, settings, self.info)
+        found = selected(pipe, self.scores, sparsity, settings, self.info)
         return replace(self, kept=found.kept, info=found.info)
 
     def save(self, path: str | Path) -> None:
@@ -205,7 +205,7 @@ def make_mask(
     }
     if calibration is not None:
         info |= {key: getattr(calibration, key) for key in ("call", "prompts", "seeds")}
-    mask = _selected(pipe, found, sparsity, settings, info)
+    mask = selected(pipe, found, sparsity, settings, info)
     if METHODS[method].closes_on_means and calibration is not None:
         mask.means = dict(closed_means(settings, calibration))
         if modulation_of(found) == "rank":
@@ -257,13 +257,13 @@ def _check_target(
 ) -> None:
     """Fails before hours of learning, not after, when the sparsity cannot be reached."""
     nothing = {s.name: torch.zeros(s.units) for s in structures}
-    _selected(pipe, nothing, sparsity, settings, {"prices": asdict(prices) if prices else None})
+    selected(pipe, nothing, sparsity, settings, {"prices": asdict(prices) if prices else None})
     total = prices.total if prices else count_parameters(denoiser_of(pipe))
     most = maskable_share(prices.applied(structures) if prices else structures, total)
     log.info("mask: up to %.1f %% of the denoiser's %s can go", 100 * most, settings.budget)
 
 
-def _selected(
+def selected(
     pipe: DiffusionPipeline,
     found: Scores,
     sparsity: float,
