@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -23,6 +24,7 @@ import pytest
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
 ETC = Path("/etc/slurm")
 FILES = (ETC / "slurm.conf", ETC / "gres.conf")
+WITH_US = ("setpriv", "--pdeathsig", "TERM")  # before a command: it ends when the tests do
 MEMORY = 6000  # MB that jobs may ask for together
 
 OURS = "# Of the tests of ecodiff; may be removed.\n"  # what a killed test left is known by it
@@ -43,6 +45,7 @@ SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2
 MinJobAge=3600
 KillWait=10
 OverTimeLimit=0
+EnforcePartLimits=ALL
 GresTypes=gpu
 StateSaveLocation={state}/ctld
 SlurmdSpoolDir={state}/d
@@ -53,6 +56,7 @@ SlurmdLogFile={state}/slurmd.log
 ReturnToService=2
 NodeName=localhost NodeAddr=127.0.0.1 CPUs={cpus} RealMemory={memory} Gres=gpu:1
 PartitionName=main Nodes=localhost Default=YES State=UP
+PartitionName=closed Nodes=localhost AllowAccounts=others State=UP
 """
 GRES = "NodeName=localhost Name=gpu File=/dev/null\n"
 
@@ -65,6 +69,8 @@ def cluster(state: Path) -> Iterator[None]:
         state: a folder for what its daemons write.
     """
     _install()
+    for number in (signal.SIGINT, signal.SIGTERM):  # either way, what follows is cleaned up
+        signal.signal(number, signal.default_int_handler)
     for folder in (state / "ctld", state / "d"):
         folder.mkdir(parents=True)
     ETC.mkdir(exist_ok=True)
@@ -86,8 +92,7 @@ def cluster(state: Path) -> Iterator[None]:
             ["slurmd", "-D", "-N", "localhost"],
         ):
             log = (state / f"{Path(daemon[0]).name}.out").open("w")
-            words = ["setpriv", "--pdeathsig", "TERM", *daemon]  # they end with the tests
-            started.append(subprocess.Popen(words, stdout=log, stderr=log))
+            started.append(subprocess.Popen([*WITH_US, *daemon], stdout=log, stderr=log))
             time.sleep(0.5)
         _wait_until_jobs_run(state)
         yield

@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from slurm_cluster import cluster, jobs, queue
+from slurm_cluster import WITH_US, cluster, jobs, queue
 from workflow_runs import ROOT, bytes_of, run, tiny_models, tiny_run
 
 pytestmark = pytest.mark.slurm
@@ -60,7 +60,7 @@ class Place:
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": path}
         return subprocess.Popen(
-            self.command(*words),
+            [*WITH_US, *self.command(*words)],
             cwd=self.folder,
             env=environment,
             stdout=subprocess.PIPE,
@@ -166,6 +166,14 @@ def test_a_partition_that_does_not_exist_is_a_line(place):
     assert status == 1
     assert "slurm: invalid partition specified: nope" in said.splitlines()[-1]
     counted["partition that does not exist"] = "1 line, 0 jobs ran"
+
+
+def test_an_account_without_rights_is_a_line(place):
+    words = ("nodes=1", "slurm_partition=closed", "slurm_account=mine")
+    status, said = place(RECORD, "--default-resources", *words)
+    assert status == 1
+    assert "Invalid account or account/partition combination" in said.splitlines()[-1]
+    counted["an account without rights"] = "1 line, 0 jobs ran"
 
 
 def test_more_gpus_than_a_node_has_is_a_line(place):
