@@ -10,10 +10,12 @@ from diffusers import DDPMScheduler
 from PIL import Image
 from safetensors import safe_open
 from tiny import CALLS, tiny
+from workflow_runs import bytes_of
 
 import ecodiff
 from ecodiff.models.pipelines import encode, fingerprint, starting_noise
 from ecodiff.models.structures import denoiser_of, discover
+from ecodiff.retrain import trajectory
 from ecodiff.retrain.trajectory import read, record
 from ecodiff.runtime.errors import UserError
 from ecodiff.trajectory.rollout import dense_steps, prediction_of
@@ -124,6 +126,43 @@ def test_pictures_that_cannot_be_read_are_counted_before_anything_is_drawn(pictu
     with pytest.raises(UserError, match=r"2 of 3 pictures cannot be read: '1.png', '2.png'; "):
         record(tiny("flux"), PROMPTS, SEEDS, CALLS["flux"], 1, tmp_path / "out", pictures=pictures)
     assert not (tmp_path / "out").exists()
+
+
+class Killed(BaseException):
+    """As a process ends that is killed: nothing catches it."""
+
+
+@pytest.mark.parametrize("change", [None, "call", "leader", "picture"])
+def test_a_killed_recording_goes_on_after_its_last_whole_batch(
+    change, pictures, tmp_path, monkeypatch
+):
+    pipe, leader, call = tiny("flux"), tiny("flux"), dict(CALLS["flux"])
+    ecodiff.prune(leader, {s.name: torch.arange(s.units) % 2 == 0 for s in discover(leader)})
+    met = {"pictures": pictures} if change == "picture" else {"leader": leader}
+    asked, dense = [], trajectory.dense_steps
+
+    def counted(*words):
+        asked.append(1)
+        if len(asked) == 2:
+            raise Killed
+        return dense(*words)
+
+    monkeypatch.setattr(trajectory, "dense_steps", counted)
+    with pytest.raises(Killed):
+        record(pipe, PROMPTS, SEEDS, call, 1, tmp_path / "shard", **met)
+    assert not (tmp_path / "shard").exists()
+    if change == "call":
+        call["num_inference_steps"] += 1
+    elif change == "leader":
+        met = {}
+    elif change == "picture":
+        Image.new("RGB", (64, 64)).save(pictures[0])
+    record(pipe, PROMPTS, SEEDS, call, 1, tmp_path / "shard", **met)
+    assert len(asked) - 2 == (3 if change else 2)  # what was made of something else is not taken
+    record(pipe, PROMPTS, SEEDS, call, 1, tmp_path / "whole", **met)
+    for file in (tmp_path / "whole").glob("*.safetensors"):
+        assert bytes_of(tmp_path / "shard" / file.name) == bytes_of(file)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
 def test_both_branches_of_guidance_are_there(tmp_path):

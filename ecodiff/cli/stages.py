@@ -224,7 +224,6 @@ def trajectory(
     """Record what the dense model reads and predicts at each step, for retraining."""
     from ecodiff.prompts import read_prompts, shard_of
     from ecodiff.retrain.trajectory import record
-    from ecodiff.runtime.artifacts import atomic
 
     source, rows = Source(config, of), read_prompts(table)
     arguments = source.call(call)
@@ -247,8 +246,7 @@ def trajectory(
         led = source.load(str(leader), load, encoders=False) if leader else None
         prompts, seeds = [*rows["prompt"]], [*rows["seed"]]
         images = [*rows["image"]] if pictures else None
-        with atomic(out, folder=True) as folder:
-            record(pipe, prompts, seeds, arguments, batch_size, folder, led, images)
+        record(pipe, prompts, seeds, arguments, batch_size, out, led, images)
 
 
 def retrain(

@@ -42,8 +42,12 @@ from ecodiff.models.pipelines import (
     starting_noise,
 )
 from ecodiff.models.structures import denoiser_of
+from ecodiff.runtime.artifacts import atomic
+from ecodiff.runtime.code import code_hash
 from ecodiff.runtime.errors import UserError, listed
+from ecodiff.runtime.parts import Parts, link_or_copy
 from ecodiff.runtime.pictures import read_picture
+from ecodiff.runtime.state import unfinished
 from ecodiff.trajectory.rollout import DenseStep, dense_steps
 
 log = logging.getLogger(__name__)
@@ -61,12 +65,15 @@ def record(
 ) -> None:
     """Record the dense model on prompts: a file of `folder` a batch.
 
+    The folder is written whole or not at all; a recording that was stopped or killed goes on after
+    its last whole batch.
+
     Args:
         pipe: the dense pipeline.
         prompts, seeds: captions, and the seeds of their starting noise.
         call: how the pipeline is called.
         batch: prompts a file, and an update of the model that learns from it.
-        folder: where to write `00000.safetensors` and so on.
+        folder: where to write `00000.safetensors` and so on; what is there is replaced.
         leader: a pipeline pruned from it, at whose own latents the dense one is asked; None: at
             those of the dense one.
         pictures: files, one a prompt, at whose noised latents it is asked instead.
@@ -79,17 +86,35 @@ def record(
     if pictures is not None:
         _check_readable(pictures)
     origin = {"fingerprint": fingerprint(pipe), "call": dict(call)}
+    drawn = {"prompts": list(prompts), "seeds": [int(seed) for seed in seeds]}
+    met = {"leader": leader and fingerprint(leader), "pictures": pictures and _files(pictures)}
+    kind = {"code": code_hash("retrain.trajectory"), "batch": batch}
+    kind |= {"dtype": str(pipe.dtype), "device": pipe.device.type}
+    parts = Parts(unfinished(folder), {**kind, **origin, **drawn, **met})
     count = -(-len(prompts) // batch)
     for number in range(count):
-        rows = slice(number * batch, (number + 1) * batch)
-        with torch.inference_mode():
-            embeds = encode(pipe, list(prompts[rows]), call)
-            noise = starting_noise(pipe, list(seeds[rows]), call)
-            z0 = None if pictures is None else _latents(pipe, pictures[rows], call)
-            steps = dense_steps(pipe, embeds, noise, call, leader and denoiser_of(leader), z0)
-        drawn = {"prompts": list(prompts[rows]), "seeds": [int(seed) for seed in seeds[rows]]}
-        _write(folder / f"{number:05d}.safetensors", steps, {**origin, **drawn})
-        log.info("trajectory: batch %s of %s", number + 1, count)
+        with parts.make(number) as part:
+            if part is None:
+                continue
+            rows = slice(number * batch, (number + 1) * batch)
+            with torch.inference_mode():
+                embeds = encode(pipe, list(prompts[rows]), call)
+                noise = starting_noise(pipe, list(seeds[rows]), call)
+                z0 = None if pictures is None else _latents(pipe, pictures[rows], call)
+                steps = dense_steps(pipe, embeds, noise, call, leader and denoiser_of(leader), z0)
+            info = {**origin, **{key: values[rows] for key, values in drawn.items()}}
+            _write(part / f"{number:05d}.safetensors", steps, info)
+            log.info("trajectory: batch %s of %s", number + 1, count)
+    with atomic(folder, folder=True) as scratch:
+        for file in parts.files("*.safetensors"):
+            link_or_copy(file, scratch / file.name)
+    parts.discard()
+
+
+def _files(paths: Sequence[str]) -> list[tuple[str, int, int]]:
+    """Which files they are now: name, size and time of change."""
+    found = [(path, Path(path).stat()) for path in paths]
+    return [(path, file.st_size, file.st_mtime_ns) for path, file in found]
 
 
 def _check_readable(pictures: Sequence[str]) -> None:
