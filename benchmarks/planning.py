@@ -59,23 +59,24 @@ def planned(variants: int, shards: int) -> dict[str, float]:
         (Path(folder) / "plan.yaml").write_text(yaml.safe_dump(config(variants, shards)))
         command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile")]
         command += ["--configfile", "plan.yaml", "--dry-run", "--cores", "1", "--quiet", "rules"]
-        with (Path(folder) / "out").open("w") as out:
-            environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-            child = subprocess.Popen(
-                command, cwd=folder, stdout=out, stderr=subprocess.STDOUT, env=environment
-            )
-            _, status, usage = os.wait4(child.pid, 0)
-        text = (Path(folder) / "out").read_text()
-        if status:
-            raise RuntimeError(text[-2000:])
+        text, taken = measured(command, Path(folder))
     jobs = int(re.findall(r"^total +(\d+)", text, re.M)[-1])
-    return {
-        "variants": variants,
-        "shards": shards,
-        "jobs": jobs,
-        "seconds": usage.ru_utime + usage.ru_stime,  # of one core; not of what else runs there
-        "MB": usage.ru_maxrss / 1024,
-    }
+    return {"variants": variants, "shards": shards, "jobs": jobs, **taken}
+
+
+def measured(command: list[str], folder: Path) -> tuple[str, dict[str, float]]:
+    """What a command says in a folder, and the seconds of a core and MB that it takes."""
+    with (folder / "out").open("w") as out:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        child = subprocess.Popen(
+            command, cwd=folder, stdout=out, stderr=subprocess.STDOUT, env=environment
+        )
+        _, status, usage = os.wait4(child.pid, 0)
+    text = (folder / "out").read_text()
+    if status:
+        raise RuntimeError(text[-2000:])
+    # Of one core; not of what else runs there.
+    return text, {"seconds": usage.ru_utime + usage.ru_stime, "MB": usage.ru_maxrss / 1024}
 
 
 def main(folder: Path) -> None:
