@@ -12,6 +12,8 @@ retrain: a sample is one step of one prompt: 3F in full and 2F with adapters, F 
 `checkpoint`, times what is left of the denoiser. generate: F a step, times what is left.
 Device memory: weights of the whole pipeline and what the stage adds (activations and optimiser,
 second moments, the largest solve); temporary tensors are left out, 10 to 20 % more is wise.
+Host memory: the weights, which pass through it, or what a stage gathers there before it is written
+(a record, second moments), whichever is more; `resources.mem_mb` has 4 GB more for the libraries.
 Disk: what stays of a stage; a pruned model is a whole pipeline, a picture 1.5 bytes a pixel.
 Not counted: text encoders, autoencoder, judging pictures, measuring efficiency, loading.
 """
@@ -42,13 +44,15 @@ GB = 1e9
 
 @dataclass(frozen=True)
 class Job:
-    """One job: operations in the model's dtype and in float32, bytes on the device and on disk."""
+    """One job: operations in the model's dtype and in float32, bytes on the device and on disk, and
+    bytes that it gathers in the host's memory."""
 
     stage: str
     work: float
     device: float
     disk: float
     float32: float = 0.0
+    gathered: float = 0.0
 
 
 class Costs:
@@ -93,10 +97,11 @@ class Costs:
         passing = batch * (self.sizes.inputs / max(self.sizes.blocks, 1) + self.sizes.latent)
         record = self.prompts * (self.sizes.texts + 2 * self.sizes.latent)
         work = self.prompts * self.loop
-        yield Job("calibrate", work, self.weights + passing, record)
+        yield Job("calibrate", work, self.weights + passing, record, gathered=record)
         if self.config.prune.groups == 1 and any(v.compensation for v in self.variants):
             device = self.weights + passing + self.moments
-            yield Job("grams", work, device, self.moments, self.prompts * self.products)
+            float32 = self.prompts * self.products
+            yield Job("grams", work, device, self.moments, float32, gathered=self.moments)
 
     def mask(self, variant: Variant) -> Job:
         """Scoring by a method."""
@@ -213,13 +218,16 @@ def table(config: Config, rate: float, float32: float) -> pd.DataFrame:
     rows = []
     for name, model in config.models.items():
         sizes = sizes_of(model)
-        own = rate if sizes.value == 2 else float32
-        for job in Costs(config, name, sizes).jobs():
+        own, costs = rate if sizes.value == 2 else float32, Costs(config, name, sizes)
+        for job in costs.jobs():
             hours = (job.work / own + job.float32 / float32) / 3600
-            rows.append((name, job.stage, 1, hours, job.device / GB, job.disk / GB))
-    columns = ["model", "stage", "jobs", "GPU-hours", "device GB", "disk GB"]
+            sizes_of_job = (job.device, max(job.gathered, costs.weights), job.disk)
+            rows.append((name, job.stage, 1, hours, hours, *(size / GB for size in sizes_of_job)))
+    columns = ["model", "stage", "jobs", "GPU-hours", "longest h"]
+    columns += ["device GB", "host GB", "disk GB"]
     jobs = pd.DataFrame(rows, columns=columns)
-    how = dict.fromkeys(columns[2:], "sum") | {"device GB": "max"}
+    largest = ("longest h", "device GB", "host GB")
+    how = dict.fromkeys(columns[2:], "sum") | dict.fromkeys(largest, "max")
     stages = jobs.groupby(["model", "stage"], sort=False).agg(how).reset_index()
     return pd.concat([stages, pd.DataFrame([{"model": "all", "stage": "all", **jobs.agg(how)}])])
 

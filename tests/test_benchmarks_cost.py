@@ -67,8 +67,21 @@ def test_hours_and_bytes_are_those_worked_out_by_hand(cost):
     assert hours["grams"] == pytest.approx(100 * 8 * (1 + rows / STEP))
     assert found["disk GB"]["grams"] == pytest.approx(GRAMS / 1e9)
     assert found["jobs"]["generate"] == 2
+    assert found["longest h"]["generate"] == pytest.approx(50 * 8)  # the dense one's
+    assert found["host GB"]["grams"] == pytest.approx(GRAMS / 1e9)  # more than the weights
 
 
 def test_a_model_that_is_not_known_is_named(cost):
     with pytest.raises(UserError, match=r"someone/model: neither a pipeline's folder"):
         cost.table(config("someone/model"), rate=1.0, float32=1.0)
+
+
+@pytest.mark.slow
+def test_what_the_papers_run_asks_of_a_cluster_is_what_it_needs_and_some_more(cost):
+    papers = load_config(BENCHMARKS.parent / "config/paper.yaml")
+    found = cost.table(papers, cost.USED * cost.BF16, cost.USED * cost.FLOAT32)
+    for name, needed in found.groupby("model").max().iterrows():
+        if name != "all":
+            asked = papers.models[name].resources
+            assert 1 <= asked.mem_mb / (1000 * needed["host GB"] + 4000) <= 1.5
+            assert 1.5 <= asked.runtime / (60 * needed["longest h"]) <= 4
