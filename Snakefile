@@ -9,6 +9,10 @@ if not workflow.overwrite_configfiles:
     configfile: "config/config.yaml"
 
 
+# The first page of `snakemake --report`.
+report: "workflow/report/workflow.rst"
+
+
 include: "workflow/rules/common.smk"
 include: "workflow/rules/prompts.smk"
 include: "workflow/rules/calibrate.smk"
@@ -29,6 +33,7 @@ if plan.config.ablations:
 localrules:
     all,
     figures,
+    gallery,
     masks,
     pruned,
     tables,
@@ -40,6 +45,7 @@ rule all:
     input:
         rules.tables.output,
         rules.figures.output,
+        rules.gallery.output,
         plan.all_shards(),
 
 

@@ -152,10 +152,11 @@ def test_a_tilde_is_the_home_of_who_plans(tmp_path, monkeypatch):
 
 
 def test_figures_are_those_that_can_be_filled():
-    assert "learning" in planned().figures()
-    plain = [{"method": "random", "sparsities": [0.1]}]
-    plan = planned(variants=plain, evaluate={"efficiency": None, "mask_cost": None})
-    assert plan.figures() == ["quality", "pictures", "removed", "analysis"]
+    plain = {"method": "random", "sparsities": [0.1]}
+    learned = {"method": "ecodiff", "sparsities": [0.1], "models": ["a"]}
+    plan = planned(variants=[plain, learned], evaluate={"efficiency": None, "mask_cost": None})
+    assert plan.figures("a") == ["quality", "pictures", "removed", "analysis", "learning"]
+    assert plan.figures("b") == ["quality", "pictures", "removed", "analysis"]
 
 
 def test_an_ablation_is_told_what_it_changes():

@@ -100,6 +100,6 @@ def test_masks_are_known_by_variants_that_are_compensated_or_retrained(tmp_path:
 def test_without_seeds_there_is_nothing_to_compare(tmp_path: Path) -> None:
     figure = analysis(write_run(tmp_path, ("toy-sdxl",)), "toy-sdxl")
     assert [axis.get_title() for axis in figure.axes] == [
-        "Which parts go first (EcoDiff)",
+        "Which parts go first\n(EcoDiff)",
         "Captions of one and of two objects",
     ]

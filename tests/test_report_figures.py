@@ -9,11 +9,13 @@ import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from synthetic import SHARD, write_latents, write_run
 
+from ecodiff.config.methods import METHODS
 from ecodiff.config.variants import Variant
 from ecodiff.models.identity import LATENTS
 from ecodiff.report.figures import FIGURES, draw
@@ -36,23 +38,27 @@ def closed():
 
 
 def panels(figure: Figure) -> dict[str, plt.Axes]:
-    return {axis.get_title(): axis for axis in figure.axes if axis.axison}
+    """Panels by their title, or else by what they show."""
+    drawn = [axis for axis in figure.axes if axis.axison]
+    return {axis.get_title() or " ".join(axis.get_ylabel().split()): axis for axis in drawn}
 
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_every_axis_is_named_and_no_tick_label_is_lost(name: str, results: Results) -> None:
     figure = FIGURES[name](results, "toy-flux")
     figure.canvas.draw()
-    page = figure.bbox.padded(1)
     for axis in figure.axes:
         # Rows of variants and pictures speak for themselves; a colour bar has one axis.
         assert name == "pictures" or not axis.axison or axis.get_xlabel() or axis.get_ylabel()
-        if name in ("quality", "learning", "mask-cost") and axis.axison:
+        if name in ("learning", "mask-cost"):
             assert axis.get_xlabel() and axis.get_ylabel()
-    for text in figure.findobj(lambda one: hasattr(one, "get_text") and one.get_visible()):
-        if text.get_text() and text.axes is not None and text.axes.axison:
-            box = text.get_window_extent()
-            assert page.x0 <= box.x0 and box.x1 <= page.x1, text.get_text()
+    assert_nothing_sticks_out(figure)
+
+
+def assert_nothing_sticks_out(figure: Figure) -> None:
+    drawn, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
+    assert drawn.x0 > -0.01 and drawn.y0 > -0.01
+    assert drawn.x1 < width + 0.01 and drawn.y1 < height + 0.01
 
 
 def test_quality_has_a_panel_a_metric_and_a_line_a_method(results: Results) -> None:
@@ -112,15 +118,16 @@ def test_the_grid_holds_the_pictures_themselves(results: Results) -> None:
     mosaic = figure.axes[0].get_images()[0].get_array()
     variants = results.of("toy-sdxl")
     size = 64 + 6
-    assert mosaic.shape == (results.examples * size, len(variants) * size, 3)
-    place = mosaic[2 * size : 2 * size + 64, 5 * size : 5 * size + 64]
+    assert mosaic.shape == (len(variants) * size, results.examples * size, 3)
+    place = mosaic[5 * size : 5 * size + 64, 2 * size : 2 * size + 64]
     assert (place == results.picture("toy-sdxl", variants[5], 2)).all()
-    assert "30 %" in figure.axes[0].get_xticklabels()[3].get_text()
+    assert "30 %" in figure.axes[0].get_yticklabels()[3].get_text()
 
 
 def test_cost_bars_are_the_measured_values(results: Results) -> None:
     figure = FIGURES["cost"](results, "toy-sdxl")
-    memory = next(axis for axis in figure.axes if axis.get_xlabel() == "Peak memory (MB)")
+    named = {axis.get_xlabel().replace("\n", " "): axis for axis in figure.axes}
+    memory = named["Peak memory (MB)"]
     measured = results.efficiency("toy-sdxl")
     widths = [patch.get_width() for patch in memory.patches]
     assert widths == [one["peak_memory_mb"] for one in measured.values()]
@@ -136,10 +143,43 @@ def test_an_iteration_that_does_not_fit_leaves_a_gap(tmp_path: Path) -> None:
     assert len(axes) == 2
 
 
-def test_figures_are_written_as_png_and_pdf(results: Results, tmp_path: Path) -> None:
+def test_figures_are_written_as_png_and_pdf_with_fonts_within(
+    results: Results, tmp_path: Path
+) -> None:
     draw("mask-cost", results, "toy-sdxl", tmp_path)
-    assert Image.open(tmp_path / "mask-cost-toy-sdxl.png").size == (1500, 600)
-    assert (tmp_path / "mask-cost-toy-sdxl.pdf").read_bytes().startswith(b"%PDF")
+    assert Image.open(tmp_path / "mask-cost-toy-sdxl.png").width == 5.5 * 220
+    content = (tmp_path / "mask-cost-toy-sdxl.pdf").read_bytes()
+    assert content.startswith(b"%PDF")
+    assert b"/FontFile2" in content and b"/Type3" not in content
+
+
+@pytest.fixture(scope="module")
+def crowd(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """All methods, each with and without least squares."""
+    pruned = [f"{one}-{p}{comp}" for one in METHODS for comp in ("", "-comp") for p in (10, 30)]
+    return write_run(tmp_path_factory.mktemp("crowd"), ("toy-flux",), pruned)
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_figures_of_many_methods_are_a_column_wide_and_no_letter_is_tiny(
+    name: str, crowd: Results
+) -> None:
+    figure = FIGURES[name](crowd, "toy-flux")
+    figure.canvas.draw()
+    assert figure.get_figwidth() == 5.5
+    texts = [one for one in figure.findobj(Text) if one.get_text().strip() and one.get_visible()]
+    assert min(text.get_fontsize() for text in texts) >= 6
+    assert_nothing_sticks_out(figure)
+
+
+def test_many_methods_are_told_apart_a_few_at_a_time(crowd: Results) -> None:
+    figure = FIGURES["quality"](crowd, "toy-flux")
+    first = [axis for axis in figure.axes if axis.get_legend()]
+    legends = [axis.get_legend().get_texts() for axis in first]
+    shown = [{text.get_text().replace("\n", " ") for text in legend} for legend in legends]
+    assert all(len(names - {"Dense"}) <= 6 for names in shown)
+    assert set.union(*shown) == {method(v) for v in crowd.of("toy-flux")}
+    assert all(len(axis.get_lines()) == 2 * len(METHODS) + 1 for axis in first)  # others are grey
 
 
 def test_unknown_figures_and_models_are_refused(results: Results, tmp_path: Path) -> None:
@@ -246,8 +286,8 @@ def test_a_dollar_in_a_caption_is_a_dollar(tmp_path: Path) -> None:
     draw("pictures", results, "toy-flux", tmp_path)
     figure = FIGURES["pictures"](results, "toy-flux")
     figure.canvas.draw()
-    label = figure.axes[0].get_yticklabels()[0]
-    assert label.get_text().replace("\n", " ") == caption
+    label = figure.axes[0].xaxis.get_label()
+    assert label.get_text().startswith(f"1: {caption}")
     assert not label.get_parse_math()
 
 

@@ -44,6 +44,11 @@ def test_comments_and_layout_do_not_count(package):
     assert not rehashed(package, "used.py", '"""What."""\nimport ecodiff.config\ng = 1\n')
 
 
+def test_a_template_beside_a_module_counts(package):
+    (package / "stage/templates").mkdir()
+    assert rehashed(package, "stage/templates/page.html", "<p>")
+
+
 def test_an_unknown_stage_is_an_error():
     with pytest.raises(ModuleNotFoundError, match="nothing"):
         code_hash("nothing")

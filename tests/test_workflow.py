@@ -123,7 +123,7 @@ def test_each_try_asks_for_more_memory_and_time_and_gpus_where_they_are_used(tmp
 def test_every_rule_of_a_job_has_its_threads_in_the_profile_for_slurm(demo):
     profile = yaml.safe_load((ROOT / "profiles/slurm/config.yaml").read_text())
     known = {word.split("=")[0] for word in profile["set-threads"]}
-    on_one_core = {"all", "tables", "figures", "drawn_prompts", "prompts"}
+    on_one_core = {"all", "tables", "figures", "gallery", "drawn_prompts", "prompts"}
     assert known >= set(demo[0]) - on_one_core
     assert known >= {"trajectory", "retrain", "ablation", "mask_error"}
 

@@ -143,7 +143,7 @@ def test_a_deleted_shard_is_drawn_again_and_nothing_else(finished):
     before = table_of(finished)
     shutil.rmtree(finished / "results/small/tiny/random-20/images/0")
     done = jobs(run(finished, judged_on("txt")))
-    assert sorted(done) == ["figures", "generate", "quality", "see", "tables"]
+    assert sorted(done) == ["figures", "gallery", "generate", "quality", "see", "tables"]
     pd.testing.assert_frame_equal(table_of(finished), before)
 
 

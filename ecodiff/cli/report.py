@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ecodiff.cli.common import Run
+from ecodiff.config.plan import Plan
 from ecodiff.config.run import Config, load_config
 from ecodiff.runtime.provenance import begin
 
@@ -38,15 +39,27 @@ def figures(
     run: Run,
     only: Annotated[list[str] | None, typer.Option(help="Figures by name; repeatable.")] = None,
 ) -> None:
-    """Draw figures of each model as png and pdf to <run>/figures."""
-    from ecodiff.report.figures import FIGURES, draw
+    """Draw those figures that each model can fill as png and pdf to <run>/figures."""
+    from ecodiff.report.figures import draw
 
     config, results = _results(run)
-    begun = begin("report.figures", made_of(config, run))
-    for name in only or FIGURES:
-        for model in results.variants:
+    begun, plan = begin("report.figures", made_of(config, run)), Plan(config)
+    for model in config.models:
+        for name in only or plan.figures(model):
             draw(name, results, model, run / "figures")
     begun.write_manifest(run / "figures", config.report.model_dump())
+
+
+@app.command()
+def gallery(run: Run) -> None:
+    """Write <run>/index.html: the pictures of all variants side by side, prompt by prompt."""
+    from ecodiff.report.gallery import write_gallery
+
+    config, results = _results(run)
+    seen = [path for model in config.models for path in run.glob(f"{model}/*/seen/*.safetensors")]
+    begun = begin("report.gallery", [results.prompts, *sorted(seen)])
+    write_gallery(results, run / "index.html")
+    begun.write_manifest(run / "index.html", config.report.model_dump())
 
 
 @app.command()

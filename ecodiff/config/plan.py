@@ -52,15 +52,15 @@ class Plan:
         found = (v.mask for _, v in self.pruned if METHODS[v.method].learns == learned)
         return [*dict.fromkeys(found)]
 
-    def figures(self) -> list[str]:
-        """The figures that a run of this config can fill."""
-        chosen = self.config.evaluate
+    def figures(self, model: str) -> list[str]:
+        """The figures of a model that a run of this config can fill."""
+        chosen, variants = self.config.evaluate, self._variants[model]
+        learned = any(METHODS[v.method].learns or v.retrain for v in variants if not v.is_dense)
         return [
             "quality",
             "pictures",
-            "removed",
-            "analysis",
-            *(["learning"] if self.masks(learned=True) else []),
+            *(["removed", "analysis"] if len(variants) > 1 else []),
+            *(["learning"] if learned else []),
             *(["cost"] if chosen.efficiency else []),
             *(["mask-cost"] if chosen.mask_cost else []),
         ]
@@ -251,6 +251,15 @@ class Plan:
         """What was seen of each image shard of a variant."""
         shards = range(len(self.shards(model, variant)))
         return [f"{self.results}/{model}/{variant}/seen/{i}.safetensors" for i in shards]
+
+    def all_seen(self) -> list[str]:
+        """What was seen of all image shards of all models and variants."""
+        return [
+            file
+            for model, variants in self._variants.items()
+            for variant in variants
+            for file in self.seen(model, variant.name)
+        ]
 
     def real(self, model: str) -> list[str]:
         """What was seen of the real images at the size of a model's, in shards; none without."""

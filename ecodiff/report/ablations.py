@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from ecodiff.config.ablations import DEFAULT, Ablation
 from ecodiff.config.run import Config
 from ecodiff.report.analysis import common
-from ecodiff.report.figures import decades, save
-from ecodiff.report.results import read_csv, read_mask
+from ecodiff.report.drawing import decades, panels, save
+from ecodiff.report.files import read_csv, read_mask
 from ecodiff.report.style import Quantity
 from ecodiff.report.tables import markdown
 from ecodiff.runtime.artifacts import write_text
@@ -97,13 +97,7 @@ def draw(table: pd.DataFrame) -> Figure:
     labels = [f"{s} {v}".strip().replace("_", " ") for s, v in zip(*_points(table), strict=True)]
     models, sparsities = table["model"].unique(), table["sparsity"].unique()
     shades = plt.get_cmap("viridis")
-    figure, axes = plt.subplots(
-        1,
-        len(models),
-        figsize=(2 + 4 * len(models), 1.4 + 0.25 * len(labels)),
-        sharey=True,
-        squeeze=False,
-    )
+    figure, axes = panels(1, len(models), 0.9 + 0.16 * len(labels), sharey=True)
     for axis, model in zip(axes[0], models, strict=True):
         for number, sparsity in enumerate(sparsities):
             chosen = table[(table["model"] == model) & (table["sparsity"] == sparsity)]
@@ -123,7 +117,7 @@ def draw(table: pd.DataFrame) -> Figure:
     figure.legend(
         *axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(sparsities)
     )
-    figure.suptitle("Mask learning, one setting changed at a time (dotted: default)", fontsize=12)
+    figure.suptitle("Mask learning, one setting changed at a time (dotted: default)")
     return figure
 
 

@@ -9,11 +9,11 @@ from itertools import combinations
 
 import numpy as np
 import pandas as pd
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ecodiff.config.variants import Variant
+from ecodiff.report.drawing import legend_below, panels
 from ecodiff.report.results import Results
 from ecodiff.report.style import OBJECTS, REMOVED, look, method
 
@@ -41,18 +41,18 @@ def analysis(results: Results, model: str) -> Figure:
     masks = dict.fromkeys(v.scores for v in results.of(model) if not v.is_dense)
     kept = {mask: results.kept(model, mask) for mask in masks}
     shared = overlaps(kept)
-    panels = [lambda axis: _parts(axis, kept)]
+    drawn = [lambda axis: _parts(axis, kept)]
     judged = [v for v in results.of(model) if v.method == SHOWN and not v.retrain]
     if judged and results.quality(model, judged[0]).get("scene_accuracy_one") is not None:
-        panels.append(lambda axis: _objects(axis, results, model))
+        drawn.append(lambda axis: _objects(axis, results, model))
     if len(shared):
-        panels.append(lambda axis: _overlaps(axis, shared))
-    figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.6), squeeze=False)
-    for axis, draw in zip(axes[0], panels, strict=True):
+        drawn.append(lambda axis: _overlaps(axis, shared))
+    figure, axes = panels(1, len(drawn), 3.6)
+    for axis, draw in zip(axes[0], drawn, strict=True):
         draw(axis)
         axis.set(xlabel=REMOVED, xticks=sorted({variant.percent for variant in masks}))
-        axis.legend(fontsize=8.5)
-    figure.suptitle(f"{model}: what masks take", fontsize=13)
+        legend_below(axis)
+    figure.suptitle(f"{model}: what masks take")
     return figure
 
 
@@ -108,7 +108,7 @@ def _parts(axis: Axes, kept: Mapping[Variant, Mapping[str, np.ndarray]]) -> None
     means = 100 * shares.groupby("percent").mean()
     for part in means:
         axis.plot(means.index, means[part], marker="o", label=part)
-    axis.set(title=f"Which parts go first ({method(own[0])})", ylabel="Units removed (%)")
+    axis.set(title=f"Which parts go first\n({method(own[0])})", ylabel="Units removed (%)")
 
 
 def _objects(axis: Axes, results: Results, model: str) -> None:

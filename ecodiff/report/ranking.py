@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from ecodiff.report.style import QUALITY, Quantity
+from ecodiff.report.pages import write_table
+from ecodiff.report.style import QUALITY, TARGET, Quantity
 from ecodiff.report.tables import markdown
 from ecodiff.runtime.artifacts import write_text
 
@@ -39,12 +40,12 @@ def ranking(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def write_ranking(table: pd.DataFrame, folder: Path, notes: str = "") -> None:
-    """Write the ranking of a main table as `ranking.csv` and `ranking.md`.
+    """Write the ranking of a main table as `ranking.csv`, `ranking.md` and `ranking.html`.
 
     Args:
         table: as `tables.main_table` returns it.
         folder: where to write.
-        notes: text for the end of `ranking.md`.
+        notes: a paragraph for the end of `ranking.md` and `ranking.html`.
     """
     ranked = ranking(table)
     write_text(folder / "ranking.csv", ranked.to_csv(index=False))
@@ -57,6 +58,10 @@ def write_ranking(table: pd.DataFrame, folder: Path, notes: str = "") -> None:
     for (model, sparsity), rows in ranked.groupby(["model", "target_sparsity"], sort=False):
         parts.append(f"# {model}, {sparsity:.0%} removed\n\n{markdown(readable(rows))}\n")
     write_text(folder / "ranking.md", "".join([*parts, notes]))
+    shown = readable(ranked)
+    shown.insert(0, "Model", ranked["model"])
+    shown.insert(1, TARGET.name, ranked["target_sparsity"].map(TARGET.show))
+    write_table(folder / "ranking.html", "Methods ranked by latent error", shown, notes)
 
 
 def side_by_side(ranked: pd.DataFrame, metric: Quantity) -> pd.DataFrame:

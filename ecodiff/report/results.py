@@ -1,8 +1,7 @@
-"""Reads a run's folder: the only file of the report that knows where stages write what."""
+"""A run's folder: the only file of the report that knows where stages write what."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,15 +11,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from safetensors import SafetensorError, safe_open
 
 from ecodiff.config.variants import Variant
 from ecodiff.models.identity import read_origin
 from ecodiff.prompts import read_prompts
+from ecodiff.report.files import read_csv, read_json, read_mask, read_seen
 from ecodiff.report.style import COST, OBJECTS, QUALITY
 from ecodiff.runtime.errors import UserError
 from ecodiff.runtime.pictures import read_picture
-from ecodiff.runtime.reading import read_text
 
 QUARTILES = ("latency_ms_low", "latency_ms_high")
 SIDE = 256  # pixels; images are made smaller than this, which is enough for the grid of images
@@ -96,7 +94,7 @@ class Results:
         """What `evaluate quality` wrote of each variant of a model, read once."""
         if model not in self._read:
             names = self.variants[model]
-            found = {name: _json(self.folder / model / name / "quality.json") for name in names}
+            found = {name: read_json(self.folder / model / name / "quality.json") for name in names}
             self._read[model] = found
         return self._read[model]
 
@@ -148,6 +146,26 @@ class Results:
         """The table of the evaluation prompts, in the order of their index."""
         return read_prompts(self.prompts)
 
+    def seen(self, model: str, variant: Variant) -> pd.DataFrame:
+        """What `evaluate see` found of each picture of a variant, a row a prompt of `table`.
+
+        Returns:
+            clip_score, ssim, latent_error (relative to the variance of the dense model's latents,
+            as in `evaluate.quality`), and scene_accuracy (bool) where all captions are
+            ShapeWorld's. Raises `UserError` also when the pictures are of other prompts.
+        """
+        folder = self.folder / model / variant.name / "seen"
+        shards = range(-(-len(self.table) // self.shard_size))
+        parts = [read_seen(folder / f"{shard}.safetensors") for shard in shards]
+        found = pd.concat(parts, ignore_index=True)
+        if found["index"].tolist() != self.table["index"].tolist():
+            raise UserError(f"{folder}: is not of the prompts of {self.prompts}; evaluate again")
+        variance = found["dense_square"].mean() - found["dense_mean"].mean() ** 2
+        shown = found[["clip_score", "ssim"]].assign(latent_error=found["latent_error"] / variance)
+        if found["objects"].all():
+            shown["scene_accuracy"] = found["shown"].astype(bool)
+        return shown
+
     def captions(self) -> pd.Series:
         """The evaluation prompts by their index."""
         return self.table.set_index("index")["prompt"]
@@ -182,7 +200,7 @@ class Results:
     def _found(self, model: str, file: str, keys: Sequence[str]) -> dict[str, dict[str, Any]]:
         """What was found for each variant of a model: for each key a number, a text or None."""
         path = self.folder / model / file
-        found = _json(path)
+        found = read_json(path)
         for name in self.variants[model]:
             one = found.get(name)
             if not isinstance(one, dict):
@@ -194,45 +212,6 @@ class Results:
         """The mask that was cut out of a variant's model."""
         cut = next(v.pruned for v in self.of(model) if v.mask == variant.mask)
         return self.folder / model / cut.name / "model/mask.safetensors"
-
-
-def read_mask(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """What a mask keeps, structure name -> bool (units,), and what it says of itself; `UserError`
-    when it is missing or damaged."""
-    try:
-        with safe_open(path, framework="np") as file:
-            kept = [key for key in file.keys() if key.startswith("kept/")]  # noqa: SIM118
-            found = {key.removeprefix("kept/"): file.get_tensor(key) for key in kept}
-            return found, json.loads(file.metadata()["ecodiff"])
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
-
-
-def read_csv(path: Path, columns: Sequence[str]) -> pd.DataFrame:
-    """A table that a stage left; `UserError` when it is missing, damaged or lacks a column."""
-    try:
-        table = pd.read_csv(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
-    missing = [column for column in columns if column not in table]
-    if missing:
-        raise UserError(f"{path}: has no column {missing[0]}; run the stage that made it again")
-    return table
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """A mapping; NaN and infinity are no JSON."""
-
-    def refuse(word: str) -> None:
-        raise ValueError(f"{word} is no JSON")
-
-    try:
-        found = json.loads(read_text(path), parse_constant=refuse)
-    except ValueError as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: is not a mapping of variants")
-    return found
 
 
 def _check(path: Path, name: str, one: Mapping[str, Any], keys: Sequence[str]) -> None:

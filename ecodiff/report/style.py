@@ -11,7 +11,7 @@ from ecodiff.config.variants import Variant
 
 BLACK = "#000000"
 MARKERS = {"lora": "^", "full": "s", "light": "v"}
-REMOVED = "Parameters removed (% of the denoiser)"
+REMOVED = "Parameters removed (%)"  # of the denoiser's
 RETRAINED = {"lora": "LoRA", "full": "retraining", "light": "biases and norms"}
 
 
@@ -22,10 +22,11 @@ def colour(variant: Variant) -> str:
 
 def look(variant: Variant) -> dict[str, Any]:
     """The style of a method's line: keyword arguments for matplotlib's `plot`."""
-    found = {"color": colour(variant), "marker": "o", "markersize": 6}
+    found = {"color": colour(variant), "marker": "o"}
     if variant.retrain:
-        marker = {"marker": MARKERS.get(variant.retrain, "P"), "markersize": 9}
-        return found | marker | {"linestyle": ":", "markeredgecolor": "black"}
+        marker = {"marker": MARKERS.get(variant.retrain, "P"), "markersize": 5}
+        edge = {"markeredgecolor": "black", "markeredgewidth": 0.6}
+        return found | marker | edge | {"linestyle": ":"}
     return found | {"linestyle": "--", "marker": "D"} if variant.compensation else found
 
 
@@ -94,6 +95,8 @@ QUALITY = (
         short="median 10⁻³",
     ),
 )
+# Metrics that compare with the dense model, whose own value is trivial and not shown.
+COMPARED_TO_DENSE = {"ssim", "psnr", "latent_error", "latent_error_median"}
 # The checker's verdict on captions of each kind, beside that on all.
 OBJECTS = {"scene_accuracy_one": "one object", "scene_accuracy_two": "two objects"}
 COST = (

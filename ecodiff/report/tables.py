@@ -14,6 +14,7 @@ from rich.table import Table
 
 from ecodiff.config.sections import EvaluateSettings
 from ecodiff.config.variants import Variant
+from ecodiff.report.pages import write_table
 from ecodiff.report.results import Results
 from ecodiff.report.style import COST, EXACT, QUALITY, TARGET, Quantity, method
 from ecodiff.runtime.artifacts import write_text
@@ -131,13 +132,14 @@ def write_tables(
     notes: str = "",
     mark: str = "",
 ) -> None:
-    """Write `main.csv` (raw values), `main.md` and `main.tex` (rounded, with units).
+    """Write `main.csv` (raw values), and `main.md`, `main.tex` and `main.html`, which sorts by any
+    column (rounded, with units).
 
     Args:
         table: as `main_table` returns it.
         folder: where to write.
         published: csv file of published results, shown below our table in `main.md`.
-        notes: a paragraph below our table in `main.md`.
+        notes: a paragraph below our table in `main.md` and `main.html`.
         mark: the hash of all that the table was made of, which each file carries; "": none.
 
     Raises:
@@ -157,6 +159,7 @@ def write_tables(
     write_text(folder / "main.csv", table.to_csv(index=False))
     write_text(folder / "main.md", text)
     write_text(folder / "main.tex", latex)
+    write_table(folder / "main.html", "Results", shown, notes)
 
 
 def readable(table: pd.DataFrame, columns: Sequence[Quantity]) -> pd.DataFrame:

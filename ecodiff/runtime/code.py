@@ -44,7 +44,8 @@ def git_commit() -> str | None:
 
 @cache
 def code_hash(stage: str) -> str:
-    """A hash of the package's modules that a stage imports, directly or not.
+    """A hash of the package's modules that a stage imports, directly or not, and of the templates
+    beside them.
 
     Comments, docstrings and formatting don't count, so that only changes that can change a result
     do.
@@ -55,10 +56,13 @@ def code_hash(stage: str) -> str:
     Raises:
         ModuleNotFoundError: there is no such module.
     """
-    digest = hashlib.sha256()
-    for path in sorted(_sources(stage)):
+    digest, sources = hashlib.sha256(), sorted(_sources(stage))
+    for path in sources:
         digest.update(path.relative_to(PACKAGE).as_posix().encode())
         digest.update(ast.dump(_without_words(ast.parse(path.read_text()))).encode())
+    for folder in sorted({path.parent / "templates" for path in sources}):
+        for template in sorted(folder.glob("*")):
+            digest.update(template.read_bytes())
     return digest.hexdigest()[:12]
 
 

@@ -73,16 +73,9 @@ rule ablations:
     input:
         errors=plan.of_models("ablations/mask_error.csv"),
     output:
-        report(
-            multiext("<results>/tables/ablations", ".csv", ".md"),
-            caption="../report/tables.rst",
-            category="Tables",
-        ),
-        report(
-            "<results>/figures/ablations.png",
-            caption="../report/figures.rst",
-            category="Figures",
-        ),
+        shown(f"{plan.results}/tables/ablations.csv", "ablations", "3 mask"),
+        shown(f"{plan.results}/figures/ablations.png", "ablations", "3 mask"),
+        "<results>/tables/ablations.md",
         "<results>/figures/ablations.pdf",
     log:
         "<logs>/ablations.log",

@@ -155,6 +155,43 @@ def toy_inputs(toy):
     return "results/toys/toy-vae" if toy in ("toy-sdxl", "toy-flux") else []
 
 
+# The stage of the workflow that a figure tells of: its category in `snakemake --report`.
+TELLS_OF = {
+    "learning": "3 mask",
+    "mask-cost": "3 mask",
+    "removed": "4 prune",
+    "analysis": "4 prune",
+    "pictures": "6 generate",
+    "quality": "7 evaluate",
+    "cost": "7 evaluate",
+}
+
+
+def shown(file, name, category, model="all"):
+    """A file in the report, with the caption of its name."""
+    labels = {"result": name, "model": model, "format": file.rpartition(".")[2]}
+    return report(file, caption=f"../report/{name}.rst", category=category, labels=labels)
+
+
+def shown_table(name):
+    """A table that can be sorted, and its raw values."""
+    file = f"{plan.results}/tables/{name}"
+    return [shown(f"{file}.{suffix}", name, "7 evaluate") for suffix in ("html", "csv")]
+
+
+def figure_files(suffix):
+    """All figures: (name, model, file)."""
+    return [
+        (name, model, f"{plan.results}/figures/{name}-{model}.{suffix}")
+        for model in plan.config.models
+        for name in plan.figures(model)
+    ]
+
+
+def shown_figures():
+    return [shown(file, name, TELLS_OF[name], model) for name, model, file in figure_files("png")]
+
+
 def begin():
     """Writes all values of the run, defaults included, and makes jobs of this machine start at once.
 
@@ -190,7 +227,8 @@ def summarise():
         from ecodiff.report.tables import print_table
 
         print_table(pandas.read_csv(table))
-    places = {"tables": "tables", "figures": "figures", "settings": "config.yaml"}
+    places = {"tables": "tables", "figures": "figures", "pictures": "index.html"}
+    places |= {"settings": "config.yaml"}
     for name, place in places.items():
         if Path(plan.results, place).exists():
             print(f"{name}: {plan.results}/{place}")

@@ -5,16 +5,10 @@ rule tables:
         efficiency=plan.of_models("efficiency.json") if plan.config.evaluate.efficiency else [],
         published=plan.config.report.published or [],
     output:
-        report(
-            multiext("<results>/tables/main", ".csv", ".md", ".tex"),
-            caption="../report/tables.rst",
-            category="Tables",
-        ),
-        report(
-            multiext("<results>/tables/ranking", ".csv", ".md"),
-            caption="../report/tables.rst",
-            category="Tables",
-        ),
+        shown_table("main"),
+        shown_table("ranking"),
+        multiext("<results>/tables/main", ".md", ".tex"),
+        "<results>/tables/ranking.md",
     log:
         "<logs>/tables.log",
     benchmark:
@@ -36,20 +30,8 @@ rule figures:
         efficiency=plan.of_models("efficiency.json") if plan.config.evaluate.efficiency else [],
         mask_cost=plan.of_models("mask_cost.csv") if plan.config.evaluate.mask_cost else [],
     output:
-        report(
-            expand(
-                "<results>/figures/{figure}-{model}.png",
-                figure=plan.figures(),
-                model=plan.config.models,
-            ),
-            caption="../report/figures.rst",
-            category="Figures",
-        ),
-        expand(
-            "<results>/figures/{figure}-{model}.pdf",
-            figure=plan.figures(),
-            model=plan.config.models,
-        ),
+        shown_figures(),
+        [file for _, _, file in figure_files("pdf")],
     log:
         "<logs>/figures.log",
     benchmark:
@@ -59,7 +41,28 @@ rule figures:
     params:
         config=CONFIG,
         shown=[settings(part) for part in ("variants", "evaluate", "report")],
-        only=[word for figure in plan.figures() for word in ("--only", figure)],
         code=code_hash("report.figures"),
     shell:
-        "ecodiff report figures $(dirname {params.config:q}) {params.only:q} > {log:q} 2>&1"
+        "ecodiff report figures $(dirname {params.config:q}) > {log:q} 2>&1"
+
+
+# All pictures, prompt by prompt: a page that any browser opens.
+rule gallery:
+    input:
+        prompts=plan.evaluated(),
+        seen=plan.all_seen(),
+        images=plan.all_shards(),
+    output:
+        "<results>/index.html",
+    log:
+        "<logs>/gallery.log",
+    benchmark:
+        "<benchmarks>/gallery.tsv"
+    conda:
+        "../../environment.yml"
+    params:
+        config=CONFIG,
+        shown=[settings(part) for part in ("variants", "generate/shard_size")],
+        code=code_hash("report.gallery"),
+    shell:
+        "ecodiff report gallery $(dirname {params.config:q}) > {log:q} 2>&1"
