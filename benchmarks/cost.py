@@ -13,7 +13,8 @@ retrain: a sample is one step of one prompt: 3F in full and 2F with adapters, F 
 Device memory: weights of the whole pipeline and what the stage adds (activations and optimiser,
 second moments, the largest solve); temporary tensors are left out, 10 to 20 % more is wise.
 Host memory: the weights, which pass through it, or what a stage gathers there before it is written
-(a record, second moments), whichever is more; `resources.mem_mb` has 4 GB more for the libraries.
+(a record, second moments, the state of retraining), whichever is more; `resources.mem_mb` has 4 GB
+more for the libraries.
 Disk: what stays of a stage; a pruned model is a whole pipeline, a picture 1.5 bytes a pixel.
 Not counted: text encoders, autoencoder, judging pictures, measuring efficiency, loading.
 """
@@ -44,8 +45,8 @@ GB = 1e9
 
 @dataclass(frozen=True)
 class Job:
-    """One job: operations in the model's dtype and in float32, bytes on the device and on disk, and
-    bytes that it gathers in the host's memory."""
+    """A job, or several of one size: operations in the model's dtype and in float32, bytes on the
+    device and on disk, bytes gathered in the host's memory, and how many jobs share the work."""
 
     stage: str
     work: float
@@ -53,6 +54,7 @@ class Job:
     disk: float
     float32: float = 0.0
     gathered: float = 0.0
+    shards: int = 1
 
 
 class Costs:
@@ -154,11 +156,11 @@ class Costs:
                     folder = str(Path(shard).parent)
                     found[folder] = (prompts, (2 - variant.sparsity) if led else 1.0)
         for prompts, runs in found.values():
-            count = self.config.prompts[prompts].count
+            count, shards = self.config.prompts[prompts].count, self._shards(prompts)
             read = 2 * self.sizes.branches * self.steps * self.sizes.latent  # and predicted
             disk = count * (read + self.sizes.texts)
             device = self.weights + (runs - 1) * self.sizes.parameters * self.sizes.value
-            yield Job("trajectory", count * runs * self.loop, device, disk)
+            yield Job("trajectory", count * runs * self.loop, device, disk, shards=shards)
 
     def retrain(self, variant: Variant) -> Job:
         """Learning from a trajectory."""
@@ -170,11 +172,12 @@ class Costs:
         if recipe.checkpoint:
             kept = kept / max(self.sizes.blocks, 1) + self.sizes.inputs
         learned, replaced = self._learned(recipe, left)
-        each = 6 if recipe.optimiser == "adamw8bit" else 16
+        # Of a trained parameter: itself, two moments, and its gradient, which the state lacks.
+        each, kept_of_each = (6, 4) if recipe.optimiser == "adamw8bit" else (16, 12)
         weights = self._weights(left) - replaced
         device = weights + each * learned + recipe.batch * left * kept
         work = samples * passes * left * self.sizes.step
-        return Job("retrain", work, device, self._weights(left))
+        return Job("retrain", work, device, self._weights(left), gathered=kept_of_each * learned)
 
     def _learned(self, recipe: RetrainSettings, left: float) -> tuple[float, float]:
         """Trained parameters, and the bytes of weights that they take the place of."""
@@ -191,7 +194,12 @@ class Costs:
         left = 1 - variant.sparsity
         device = self._weights(left) + self.config.generate.batch_size * self.sizes.latent
         disk = count * (PIXEL * call.height * call.width + self.sizes.latent)
-        return Job("generate", count * left * self.loop, device, disk)
+        shards = self._shards(self.config.evaluate.prompts)
+        return Job("generate", count * left * self.loop, device, disk, shards=shards)
+
+    def _shards(self, prompts: str) -> int:
+        """How many jobs share a prompt set."""
+        return -(-self.config.prompts[prompts].count // self.config.generate.shard_size)
 
     def _weights(self, left: float) -> float:
         """Bytes of the whole pipeline with a share of its denoiser."""
@@ -222,7 +230,8 @@ def table(config: Config, rate: float, float32: float) -> pd.DataFrame:
         for job in costs.jobs():
             hours = (job.work / own + job.float32 / float32) / 3600
             sizes_of_job = (job.device, max(job.gathered, costs.weights), job.disk)
-            rows.append((name, job.stage, 1, hours, hours, *(size / GB for size in sizes_of_job)))
+            times = (job.shards, hours, hours / job.shards)
+            rows.append((name, job.stage, *times, *(size / GB for size in sizes_of_job)))
     columns = ["model", "stage", "jobs", "GPU-hours", "longest h"]
     columns += ["device GB", "host GB", "disk GB"]
     jobs = pd.DataFrame(rows, columns=columns)
