@@ -95,6 +95,22 @@ def test_removed_shows_the_share_of_units_in_the_order_of_the_forward_pass(
     assert shown.shape == (9, 14)
 
 
+def test_masks_that_take_modulation_in_another_way_have_a_panel_of_their_own(
+    tmp_path: Path,
+) -> None:
+    results = write_run(tmp_path, ("toy-flux",), ["ecodiff-10", "random-10"])
+    mask = tmp_path / "toy-flux/ecodiff-10/model/mask.safetensors"
+    with safe_open(mask, framework="np") as file:
+        kept, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+    named = {key.replace(".modulation", ".directions"): units for key, units in kept.items()}
+    save_file(named, mask, metadata=metadata)
+    axes = panels(FIGURES["removed"](results, "toy-flux"))
+    rows = {name: [text.get_text() for text in axes[name].get_yticklabels()] for name in axes}
+    assert rows["FFN neurons"] == ["EcoDiff, 10 %", "Random, 10 %"]
+    assert rows["Modulation channels"] == ["Random, 10 %"]
+    assert rows["Directions of what modulation reads"] == ["EcoDiff, 10 %"]
+
+
 def test_layers_are_ordered_as_they_run_and_named_shortly() -> None:
     names = [
         "single_transformer_blocks.10.attn.heads",

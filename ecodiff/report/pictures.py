@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
+from collections.abc import Mapping
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -73,26 +74,40 @@ def _name(variant: Variant) -> str:
 
 
 def removed(results: Results, model: str) -> Figure:
-    """The share of units removed from each structure: one panel per kind, one row per mask."""
-    masks = results.masks(model)
-    found = {mask: results.removed(model, mask) for mask in masks}
-    names = sorted(next(iter(found.values())), key=_depth)
-    kinds = [kind for kind in KINDS if any(name.endswith(f".{kind}") for name in names)]
-    figure, axes = panels(len(kinds), 1, 0.3 + len(kinds) * (1.1 + ROW * len(masks)))
-    for axis, kind in zip(axes[:, 0], kinds, strict=True):
-        own = [name for name in names if name.endswith(f".{kind}")]
-        shares = np.array([[100 * found[mask][name] for name in own] for mask in masks])
-        image = axis.imshow(shares, aspect="auto", cmap="cividis_r", vmin=0, vmax=100)
-        every = -(-len(own) // MAX_TICKS)
-        axis.set_xticks(range(0, len(own), every), [_short(name) for name in own[::every]])
+    """The share of units removed from each structure: one panel per kind, one row per mask that has
+    structures of that kind."""
+    found = {mask: results.removed(model, mask) for mask in results.masks(model)}
+    of_kinds = {kind: _of_kind(found, kind) for kind in KINDS}
+    drawn = {kind: shares for kind, shares in of_kinds.items() if shares}
+    rows = [*map(len, drawn.values())]
+    height = 0.3 + 1.1 * len(drawn) + ROW * sum(rows)
+    figure, axes = panels(len(drawn), 1, height, height_ratios=rows)
+    for axis, (kind, shares) in zip(axes[:, 0], drawn.items(), strict=True):
+        names = sorted(next(iter(shares.values())), key=_depth)
+        cells = np.array([[100 * of[name] for name in names] for of in shares.values()])
+        image = axis.imshow(cells, aspect="auto", cmap="cividis_r", vmin=0, vmax=100)
+        every = -(-len(names) // MAX_TICKS)
+        axis.set_xticks(range(0, len(names), every), [_short(name) for name in names[::every]])
         axis.tick_params(axis="x", rotation=90, labelsize=6)
-        axis.set_yticks(range(len(masks)), [label(mask) for mask in masks])
+        axis.set_yticks(range(len(shares)), [label(mask) for mask in shares])
         axis.set(title=KINDS[kind], xlabel="Layer, in the order of the forward pass")
         axis.grid(visible=False)
     bar = figure.colorbar(image, ax=axes[:, 0], shrink=0.8)
     bar.set_label("Units removed (% of the layer)")
     figure.suptitle(f"{model}: what was removed from each layer")
     return figure
+
+
+def _of_kind(
+    found: Mapping[Variant, Mapping[str, float]], kind: str
+) -> dict[Variant, dict[str, float]]:
+    """The structures of a kind of those masks that have any: some take modulation by channels,
+    others by directions."""
+    own = {
+        mask: {name: share for name, share in of.items() if name.endswith(f".{kind}")}
+        for mask, of in found.items()
+    }
+    return {mask: of for mask, of in own.items() if of}
 
 
 def _depth(name: str) -> tuple[int, list[tuple[bool, str | int]]]:
