@@ -64,19 +64,31 @@ def planned(variants: int, shards: int) -> dict[str, float]:
     return {"variants": variants, "shards": shards, "jobs": jobs, **taken}
 
 
+# A process is born with the largest memory of its parent, so a small one starts the command.
+START = """
+import resource, subprocess, sys
+done = subprocess.run(sys.argv[1:], stderr=subprocess.STDOUT)
+usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+print("\\n", usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
+sys.exit(done.returncode)
+"""
+
+
 def measured(command: list[str], folder: Path) -> tuple[str, dict[str, float]]:
     """What a command says in a folder, and the seconds of a core and MB that it takes."""
-    with (folder / "out").open("w") as out:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        child = subprocess.Popen(
-            command, cwd=folder, stdout=out, stderr=subprocess.STDOUT, env=environment
-        )
-        _, status, usage = os.wait4(child.pid, 0)
-    text = (folder / "out").read_text()
-    if status:
-        raise RuntimeError(text[-2000:])
+    done = subprocess.run(
+        [sys.executable, "-c", START, *command],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    if done.returncode:
+        raise RuntimeError(done.stdout[-2000:])
+    text, _, usage = done.stdout.rstrip().rpartition("\n")
+    seconds, megabytes = map(float, usage.split())
     # Of one core; not of what else runs there.
-    return text, {"seconds": usage.ru_utime + usage.ru_stime, "MB": usage.ru_maxrss / 1024}
+    return text, {"seconds": seconds, "MB": megabytes}
 
 
 def main(folder: Path) -> None:
