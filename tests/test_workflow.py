@@ -5,8 +5,10 @@ import shutil
 
 import pandas as pd
 import pytest
+import torch
 import yaml
-from workflow_runs import ROOT, snakemake, tiny_models
+from safetensors.torch import load_file
+from workflow_runs import ROOT, run, snakemake, tiny_models, tiny_run
 
 from ecodiff.config.methods import METHODS
 from ecodiff.config.run import load_config
@@ -397,3 +399,32 @@ def test_all_stages_run_on_a_tiny_model(tmp_path):
     table = pd.read_csv(results / "tables/ablations.csv")
     assert table["setting"].tolist() == ["default", "batch"]
     assert (table["latent_error"] > 0).all()
+
+
+@pytest.mark.slow
+def test_a_job_on_two_gpus_is_two_processes_that_make_what_one_makes_of_the_doubled_batch(tmp_path):
+    """As the rules start them, on the CPU; the first one claims, writes and speaks."""
+    made = []
+    for gpus, batch in ((2, 1), (1, 2)):
+        folder = tmp_path / str(gpus)
+        folder.mkdir()
+        tiny_models(folder)
+        config = tiny_run(
+            variants=[{"method": "ecodiff", "sparsities": [0.2], "retrain": "light"}],
+            mask={"batch": batch, "iterations": 3, "modulation": "channels"},
+            retrain={"light": {"steps": 3, "batch": batch, "states": "dense"}},
+        )
+        config["models"]["tiny"]["resources"] = {"gpu": gpus, "mem_mb": 100, "runtime": 1}
+        target = "results/small/tiny/ecodiff-20-light/model"
+        done = run(folder, config, target, "--resources", f"gpu={gpus}")
+        assert done.returncode == 0, done.stdout + done.stderr
+        weights = folder / target / "transformer/diffusion_pytorch_model.safetensors"
+        mask = folder / "results/small/tiny/masks/ecodiff-20/mask.safetensors"
+        made.append((load_file(weights), load_file(mask)))
+        log = (folder / "results/small/logs/tiny/mask/ecodiff-20.log").read_text()
+        assert log.count("mask 3/3") == 1
+    (two, masks), (one, mask) = made
+    assert all(torch.equal(masks[key], mask[key]) for key in mask if key.startswith("kept/"))
+    assert two.keys() == one.keys()
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=1e-4, atol=1e-5)

@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from ecodiff.cli import evaluate, report, stages, toys
+from ecodiff.cli.common import is_first
 from ecodiff.runtime.errors import Stopped, tell
 from ecodiff.runtime.extras import extras_named
 
@@ -59,7 +60,7 @@ def main() -> None:
     that was told to stop ends with 75: the same command goes on where it was.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("ecodiff").setLevel(logging.INFO)
+    logging.getLogger("ecodiff").setLevel(logging.INFO if is_first() else logging.WARNING)
     if not sys.stderr.isatty():  # logs want lines, not the libraries' bars
         os.environ.setdefault("TQDM_DISABLE", "1")
     chosen = {"debug": False}

@@ -144,13 +144,18 @@ def job(
         others += [*map(manifest_of, outputs), *reads]
         check_output(out, stage, folder=out in folders, others=others, bytes_needed=bytes_needed)
     with ExitStack() as claims:
-        if os.environ.get("RANK", "0") == "0":  # of several processes, the first one writes
+        if is_first():
             for out in outputs:
                 claims.enter_context(claimed(out, stage))
         begun = begin(stage, filter(None, reads))
         yield details
         for out in outputs:
             begun.write_manifest(out, details)
+
+
+def is_first() -> bool:
+    """Whether this process writes and speaks: the only one, or the first of `accelerate launch`."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def weight_bytes(model: str) -> int:
