@@ -21,9 +21,9 @@ test: install
 		--no-loadscope-reorder --durations=15
 
 # The workflow through a SLURM of one node with a fake GPU, which comes and goes with the tests; needs
-# root on Debian, and takes up to ten minutes.
+# root on Debian, and takes up to ten minutes. DRILLS chooses some, as pytest's -k.
 test-slurm: install
-	$(BIN)/python -m pytest -q -s -x -m slurm tests/test_slurm.py
+	$(BIN)/python -m pytest -q -s -x -m slurm tests/test_slurm.py -k "$(DRILLS)"
 
 # Each as a user gets it: a fresh environment, the package built, the versions of the lock.
 # What an earlier build left would be packaged too.
