@@ -3,6 +3,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from looks import assert_readable
 from matplotlib import pyplot as plt
 from safetensors.numpy import save_file
 
@@ -87,6 +88,7 @@ def test_the_figure_has_a_panel_a_model_and_a_marker_a_number(run: tuple[Config,
     ]
     names = [tick.get_text() for tick in figure.axes[0].get_yticklabels()]
     assert names == ["default", "batch 3", "batch 2", "loss per-step"]
+    assert_readable(figure)
     plt.close(figure)
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from looks import assert_readable
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
-from matplotlib.text import Text
 from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import save_file
@@ -44,7 +44,7 @@ def panels(figure: Figure) -> dict[str, plt.Axes]:
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_every_axis_is_named_and_no_tick_label_is_lost(name: str, results: Results) -> None:
+def test_every_axis_is_named_and_all_can_be_read(name: str, results: Results) -> None:
     figure = FIGURES[name](results, "toy-flux")
     figure.canvas.draw()
     for axis in figure.axes:
@@ -52,13 +52,7 @@ def test_every_axis_is_named_and_no_tick_label_is_lost(name: str, results: Resul
         assert name == "pictures" or not axis.axison or axis.get_xlabel() or axis.get_ylabel()
         if name in ("learning", "mask-cost"):
             assert axis.get_xlabel() and axis.get_ylabel()
-    assert_nothing_sticks_out(figure)
-
-
-def assert_nothing_sticks_out(figure: Figure) -> None:
-    drawn, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
-    assert drawn.x0 > -0.01 and drawn.y0 > -0.01
-    assert drawn.x1 < width + 0.01 and drawn.y1 < height + 0.01
+    assert_readable(figure)
 
 
 def test_quality_has_a_panel_a_metric_and_a_line_a_method(results: Results) -> None:
@@ -177,15 +171,8 @@ def crowd(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_figures_of_many_methods_are_a_column_wide_and_no_letter_is_tiny(
-    name: str, crowd: Results
-) -> None:
-    figure = FIGURES[name](crowd, "toy-flux")
-    figure.canvas.draw()
-    assert figure.get_figwidth() == 5.5
-    texts = [one for one in figure.findobj(Text) if one.get_text().strip() and one.get_visible()]
-    assert min(text.get_fontsize() for text in texts) >= 6
-    assert_nothing_sticks_out(figure)
+def test_figures_of_many_methods_can_be_read(name: str, crowd: Results) -> None:
+    assert_readable(FIGURES[name](crowd, "toy-flux"))
 
 
 def test_many_methods_are_told_apart_a_few_at_a_time(crowd: Results) -> None:

@@ -105,7 +105,7 @@ def draw(table: pd.DataFrame) -> Figure:
             shade = shades(0.85 * number / max(1, len(sparsities) - 1))
             axis.plot(errors, range(len(errors)), "o", color=shade, label=f"{sparsity:.0%} removed")
             axis.axvline(errors[0], color=shade, linestyle=":", linewidth=1)
-        axis.set(title=model, xlabel="Relative latent error (median over prompts)")
+        axis.set(title=model, xlabel="Relative latent error\n(median over prompts)")
         decades(axis, "x")
     settings = _points(table)[0]
     for row in range(1, len(settings)):
