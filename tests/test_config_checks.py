@@ -42,6 +42,13 @@ def test_a_config_without_mistakes_is_taken():
 SWEEP = {"prompts": "validation", "vary": {"batch": [2]}}
 
 
+def test_no_more_shards_than_names_in_a_command():
+    prompts = sets(evaluation={"count": 10_000, "seed": 1000, "split": "held-out"})
+    load_config(config(prompts=prompts, generate={"shard_size": 20}))
+    line = "generate.shard_size: 19 a shard of 10000 prompts; 20 at least"
+    assert line in said(prompts=prompts, generate={"shard_size": 19})
+
+
 @pytest.mark.parametrize(
     ("changes", "key"),
     [

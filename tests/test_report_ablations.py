@@ -88,7 +88,8 @@ def test_the_figure_has_a_panel_a_model_and_a_marker_a_number(run: tuple[Config,
     ]
     names = [tick.get_text() for tick in figure.axes[0].get_yticklabels()]
     assert names == ["default", "batch 3", "batch 2", "loss per-step"]
-    assert_readable(figure)
+    named = ablation_table(*run).assign(setting="modulation of the channels")
+    assert_readable(draw(named))
     plt.close(figure)
 
 

@@ -28,6 +28,7 @@ Mistake = tuple[tuple[str | int, ...], str]
 
 # Folders and files of a run that a model's or prompt set's name must not be.
 OF_A_RUN = ("prompts", "real", "tables", "figures", "logs", "benchmarks", "config.yaml")
+SHARDS = 500  # whose names fit into one command line of 128 kB
 OF_A_MODEL = ("grams", "masks", "ablations")
 
 
@@ -206,6 +207,12 @@ def _amounts(config: Config) -> Iterator[Mistake]:
     chosen = config.evaluate
     if evaluation < 2:
         yield ("prompts", config.evaluate.prompts, "count"), "two pictures at least are judged"
+    size, least = config.generate.shard_size, -(-evaluation // SHARDS)
+    if size < least:
+        message = (
+            f"{size} a shard of {evaluation} prompts; {least} at least: a job reads all shards"
+        )
+        yield ("generate", "shard_size"), message
     if chosen.efficiency and chosen.efficiency.batch_size > evaluation:
         path = ("evaluate", "efficiency", "batch_size")
         yield path, f"{chosen.efficiency.batch_size} of {evaluation} prompts"
