@@ -112,7 +112,7 @@ def test_a_prompt_is_picked_with_the_mouse_and_with_keys(page, results: Results,
     assert page.js(CAPTION) == captions[7]
     assert loaded(page)[1] == "toy-sdxl/ecodiff-10/images/1/00007.png"  # the second shard
     scores = page.js("document.querySelector('#pictures figure:nth-child(2)').innerText")
-    assert "EcoDiff, 10 %" in scores and "0.830" in scores and "yes" in scores
+    assert "EcoDiff, 10\u00a0%" in scores and "0.830" in scores and "yes" in scores
     page.screenshot(tmp_path / "gallery.png")
 
 
@@ -140,6 +140,7 @@ def test_captions_are_searched_and_ordered(page, results: Results) -> None:
     page.js("order.value = 'random-30'; order.onchange()")
     found = page.js("[...document.getElementById('prompts').options].map(one => one.text)")
     assert found == captions[::-1]  # errors grow with the row
+    assert page.js(CAPTION) == captions[-1]
 
 
 @pytest.mark.slow

@@ -50,9 +50,10 @@ def pictures(results: Results, model: str) -> Figure:
         " · ".join(f"{number}: {caption}" for number, caption in enumerate(chosen, 1)), 84
     )
     side = (WIDTH - NAMES) / len(chosen)
-    figure, axes = panels(1, 1, side * len(variants) * height / width + 0.55 + LINE * len(captions))
+    figure, axes = panels(1, 1, side * len(variants) * height / width + 0.75 + LINE * len(captions))
     axis = axes[0, 0]
-    axis.imshow(mosaic, interpolation="none", aspect="equal")
+    axis.imshow(mosaic, interpolation="none")
+    axis.set_anchor("E")  # room that is left is for the names
     axis.spines[:].set_visible(False)
     axis.grid(visible=False)
     axis.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
