@@ -1,20 +1,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from looks import assert_readable
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import save_file
-from synthetic import SHARD, write_latents, write_run
+from synthetic import SHARD, STRUCTURES, write_latents, write_run
 
+from ecodiff.cli.report import figures as draw_figures
 from ecodiff.config.methods import METHODS
 from ecodiff.config.variants import Variant
 from ecodiff.models.identity import LATENTS
@@ -191,6 +194,44 @@ def test_unknown_figures_and_models_are_refused(results: Results, tmp_path: Path
     with pytest.raises(UserError, match=r"no model 'sd4'; there are toy-sdxl, toy-flux"):
         draw("quality", results, "sd4", tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_has_the_figures_that_each_of_its_models_can_fill(tmp_path: Path) -> None:
+    """Only toy-flux has a learned mask; nothing was timed."""
+    write_run(tmp_path, pruned=["random-10"])
+    write_run(tmp_path / "other", ("toy-flux",), ["random-10", "ecodiff-10"])
+    shutil.rmtree(tmp_path / "toy-flux")
+    (tmp_path / "other/toy-flux").rename(tmp_path / "toy-flux")
+    call = {"num_inference_steps": 2, "height": 64, "width": 64}
+    (tmp_path / "config.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "run": "some",
+                "models": {name: {"source": f"a/{name}", "call": call} for name in STRUCTURES},
+                "variants": [
+                    {"method": "random", "sparsities": [0.1]},
+                    {"method": "ecodiff", "sparsities": [0.1], "models": ["toy-flux"]},
+                ],
+                "prompts": {
+                    "calibration": {"source": "shapeworld", "count": 20, "seed": 100},
+                    "evaluation": {"source": "shapeworld", "count": 10, "split": "held-out"},
+                },
+                "evaluate": {"efficiency": None, "mask_cost": None},
+                "generate": {"shard_size": SHARD},
+            }
+        )
+    )
+    draw_figures(tmp_path, only=["learning", "removed"])
+    drawn = sorted(file.stem for file in (tmp_path / "figures").glob("*.png"))
+    assert drawn == ["learning-toy-flux", "removed-toy-flux", "removed-toy-sdxl"]
+    with pytest.raises(UserError, match=r"--only: 'cost' is no figure of this run; it has quality"):
+        draw_figures(tmp_path, only=["cost"])
+
+
+def test_learning_curves_of_nothing_learned_are_refused(tmp_path: Path) -> None:
+    results = write_run(tmp_path, ("toy-flux",), ["random-10"])
+    with pytest.raises(UserError, match="of toy-flux, no mask was learned and no model retrained"):
+        FIGURES["learning"](results, "toy-flux")
 
 
 SEEDED = [f"ecodiff-{p}-s{s}" for p in (10, 30) for s in (1, 2)]

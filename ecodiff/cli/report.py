@@ -10,6 +10,7 @@ import typer
 from ecodiff.cli.common import Run
 from ecodiff.config.plan import Plan
 from ecodiff.config.run import Config, load_config
+from ecodiff.runtime.errors import UserError
 from ecodiff.runtime.provenance import begin
 
 if TYPE_CHECKING:
@@ -44,8 +45,13 @@ def figures(
 
     config, results = _results(run)
     begun, plan = begin("report.figures", made_of(config, run)), Plan(config)
-    for model in config.models:
-        for name in only or plan.figures(model):
+    all_of_run = [(name, model) for model in config.models for name in plan.figures(model)]
+    known = [*dict.fromkeys(name for name, _ in all_of_run)]
+    for name in only or []:
+        if name not in known:
+            raise UserError(f"--only: {name!r} is no figure of this run; it has {', '.join(known)}")
+    for name, model in all_of_run:
+        if not only or name in only:
             draw(name, results, model, run / "figures")
     begun.write_manifest(run / "figures", config.report.model_dump())
 

@@ -26,6 +26,7 @@ from ecodiff.report.style import (
     look,
     method,
 )
+from ecodiff.runtime.errors import UserError
 
 ACROSS = 3  # panels beside each other
 FEW = 6  # lines that can be told apart in a panel
@@ -138,12 +139,14 @@ def _at_most(count: int, values: list[int]) -> list[int]:
 
 
 def learning(results: Results, model: str) -> Figure:
-    """Curves of mask learning (distortion, expected sparsity) and of retraining, as far as there
-    are any."""
+    """Curves of mask learning (distortion, expected sparsity) and of retraining; `UserError` where
+    there are neither."""
     scored = dict.fromkeys(v.scores for v in results.of(model) if not v.is_dense)
     curves = {v: results.learning(model, v) for v in scored}
     curves = {v: curve for v, curve in curves.items() if len(curve)}
     retrained = [v for v in results.shown(model) if v.retrain]
+    if not curves and not retrained:
+        raise UserError(f"report: of {model}, no mask was learned and no model retrained")
     figure, axes = panels(1, 2 * bool(curves) + bool(retrained), 2.8)
     if curves:
         _masks(axes[0, 0], axes[0, 1], curves)
