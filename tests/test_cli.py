@@ -279,12 +279,12 @@ def stages(tmp_path_factory):
     judge = f"{{features: clip, clip_model: 'local-dir:{folder}/clip', clip_pretrained: null}}"
     done = [
         ecodiff("calibrate", dense, table, record, "--call", CALL, *CPU),
-        ecodiff("grams", dense, record, folder / "grams.safetensors", *CPU),
+        ecodiff("grams", dense, record, folder / "grams", *CPU),
         ecodiff(
             *("mask", dense, mask, "--method", "ecodiff", "--percent", 20, "--settings", learn),
             *("--calibration", record, "--history", history, *CPU),
         ),
-        ecodiff("prune", dense, mask, pruned, "--grams", folder / "grams.safetensors", *CPU),
+        ecodiff("prune", dense, mask, pruned, "--grams", folder / "grams", *CPU),
         ecodiff("trajectory", dense, table, data, "--call", CALL, "--batch-size", 2, *CPU),
         ecodiff("retrain", pruned, tuned, "--data", data, "--settings", "{steps: 2}", *CPU),
         ecodiff("generate", dense, table, folder / "a", "--call", CALL, *CPU),

@@ -74,7 +74,7 @@ def test_only_methods_that_look_at_data_need_the_calibration():
 @pytest.mark.parametrize(
     ("groups", "data"),
     [
-        (1, {"grams": "results/small/a/grams.safetensors"}),
+        (1, {"grams": "results/small/a/grams"}),
         (4, {"calibration": "results/small/a/calibration.safetensors"}),
     ],
 )

@@ -9,7 +9,8 @@ from tiny import CALLS, tiny
 from torch import nn
 from torch.nn import functional
 
-from ecodiff.calibrate import Grams, calibrate, gather_grams
+from ecodiff.calibrate import calibrate
+from ecodiff.calibrate.grams import Grams, gather_grams
 from ecodiff.mask import make_mask, peers
 from ecodiff.models.structures import Port, Structure, denoiser_of, discover
 from ecodiff.prune.compensate import solve

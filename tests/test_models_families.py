@@ -13,7 +13,8 @@ from tiny import CALLS, SMALL, tiny, whole_mask
 from torch import nn
 
 import ecodiff
-from ecodiff.calibrate import calibrate, gather_grams
+from ecodiff.calibrate import calibrate
+from ecodiff.calibrate.grams import gather_grams
 from ecodiff.config.methods import METHODS
 from ecodiff.config.sections import MaskSettings
 from ecodiff.mask import peers

@@ -7,7 +7,8 @@ import torch
 from tiny import CALLS, tiny, whole_mask, z0
 
 import ecodiff
-from ecodiff.calibrate import calibrate, gather_grams
+from ecodiff.calibrate import calibrate
+from ecodiff.calibrate.grams import gather_grams
 from ecodiff.mask import make_mask
 from ecodiff.models.pipelines import dense_fingerprint, fingerprint
 from ecodiff.models.pruned import unpacked

@@ -10,7 +10,7 @@ import torch
 from tiny import calibrated, tiny
 
 import ecodiff
-from ecodiff.calibrate import gather_grams
+from ecodiff.calibrate.grams import gather_grams
 from ecodiff.config.sections import PruneSettings
 from ecodiff.models.pipelines import denoise
 from ecodiff.models.structures import denoiser_of, discover

@@ -10,7 +10,7 @@ from tiny import CALLS, calibrated, tiny, whole_mask
 from torch import nn
 
 import ecodiff
-from ecodiff.calibrate import gather_grams
+from ecodiff.calibrate.grams import gather_grams
 from ecodiff.models.pipelines import denoise, encode, starting_noise
 from ecodiff.models.pruned import NoHeads, Pruned, ScatterLinear
 from ecodiff.models.structures import count_parameters, denoiser_of, discover

@@ -57,7 +57,7 @@ def test_pruned_equals_masked_and_saves_what_it_says(family, share, tmp_path):
 
 @pytest.mark.parametrize("data", ["grams", "groups"])
 def test_it_goes_with_heads_neurons_and_least_squares(data):
-    from ecodiff.calibrate import gather_grams
+    from ecodiff.calibrate.grams import gather_grams
 
     pipe, calibration = calibrated("flux")
     mask = mask_of(pipe, calibration, some_directions, ("modulation", "heads", "neurons"))

@@ -8,7 +8,7 @@ from test_prune_compensate import least_squares_to, random_mask, record
 from tiny import calibrated
 
 import ecodiff
-from ecodiff.calibrate import gather_grams
+from ecodiff.calibrate.grams import gather_grams
 from ecodiff.config.sections import PruneSettings
 from ecodiff.models.pipelines import denoise
 from ecodiff.models.structures import denoiser_of, discover

@@ -6,7 +6,8 @@ from test_prune_cut import KINDS, no_unit, one_unit, random_units
 from tiny import CALLS, calibrated, tiny, whole_mask
 
 import ecodiff
-from ecodiff.calibrate import calibrate, gather_grams
+from ecodiff.calibrate import calibrate
+from ecodiff.calibrate.grams import gather_grams
 from ecodiff.config.sections import MaskSettings
 from ecodiff.mask import Mask, make_mask
 from ecodiff.models.pipelines import denoise
@@ -86,9 +87,10 @@ def test_means_outlive_the_files(tmp_path):
     pipe, calibration = calibrated("flux")
     grams = gather_grams(pipe, discover(pipe), calibration, 2)
     mask = Mask({}, {}, "model::", {}, calibration.means)
-    for one in (calibration, grams, mask):
-        one.save(tmp_path / "file")
-        found = type(one).load(tmp_path / "file").means
+    (tmp_path / "folder").mkdir()
+    for one, read in ((calibration, "file"), (grams, "folder"), (mask, "file")):
+        one.save(tmp_path / ("folder/0.safetensors" if one is grams else "file"))
+        found = type(one).load(tmp_path / read).means
         assert found.keys() == calibration.means.keys() != set()
         assert all(torch.equal(found[name], mean) for name, mean in calibration.means.items())
 

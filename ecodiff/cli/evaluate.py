@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -30,6 +31,7 @@ from ecodiff.runtime.errors import UserError
 
 if TYPE_CHECKING:
     import pandas as pd
+    from torch import nn
 
 app = typer.Typer(help=__doc__, no_args_is_help=True)
 
@@ -144,11 +146,14 @@ def efficiency(
     reads = [table, config, model, *(path for _, path in others)]
     with job("evaluate.efficiency", out, reads=reads, variants=variant, **chosen.model_dump()):
         pipe = source.load(model, load)
-        denoisers = {name: denoiser_of(pipe)}
-        for other, path in others:
-            pruned = source.load(path, load, device="cpu")
+        dense = denoiser_of(pipe)
+
+        def denoiser(path: str) -> nn.Module:
+            pruned = source.load(path, load, device="cpu", encoders=False)
             check_dense(pruned, pipe)
-            denoisers[other] = denoiser_of(pruned)
+            return denoiser_of(pruned)
+
+        denoisers = {name: lambda: dense} | {n: partial(denoiser, path) for n, path in others}
         found = measure(pipe, denoisers, [*rows["prompt"]], [*rows["seed"]], arguments, chosen)
         write_json(out, found)
 

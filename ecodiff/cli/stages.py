@@ -25,6 +25,7 @@ from ecodiff.cli.common import (
     weight_bytes,
 )
 from ecodiff.config.sections import (
+    CalibrateSettings,
     MaskSettings,
     PromptSet,
     PruneSettings,
@@ -79,20 +80,21 @@ def grams(
     model: Model,
     record: Record,
     out: Out,
-    batch_size: Batch = 8,
+    settings: Text = None,
     load: Load = None,
     config: ConfigFile = None,
     of: Of = None,
 ) -> None:
-    """Gather the activations' moments that compensation needs."""
-    from ecodiff.calibrate import Calibration, gather_grams
-    from ecodiff.models.structures import discover
+    """Gather the activations' moments that compensation needs, in a folder."""
+    from ecodiff.calibrate import Calibration
+    from ecodiff.calibrate.grams import store_grams
 
-    calibration = Calibration.load(record)
+    source, calibration = Source(config, of), Calibration.load(record)
+    chosen = source.read(CalibrateSettings, settings, "calibrate")
     reads = [model, record, config]
-    with job("calibrate", out, reads=reads, model=model, calibration=str(record)):
-        pipe = Source(config, of).load(model, load, encoders=False)
-        gather_grams(pipe, discover(pipe), calibration, batch_size).save(out)
+    with job("calibrate", folders=[out], reads=reads, model=model, calibration=str(record)):
+        pipe = source.load(model, load, encoders=False)
+        store_grams(pipe, calibration, chosen.batch_size, out, chosen.memory_mb)
 
 
 def mask(
@@ -174,7 +176,8 @@ def prune(
     of: Of = None,
 ) -> None:
     """Cut a mask's units out of a model and save the smaller model."""
-    from ecodiff.calibrate import Calibration, Grams
+    from ecodiff.calibrate import Calibration
+    from ecodiff.calibrate.grams import Grams
     from ecodiff.mask import Mask
     from ecodiff.models.saving import save
     from ecodiff.prune.cut import prune as cut

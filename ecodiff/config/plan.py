@@ -187,7 +187,7 @@ class Plan:
             return {}
         if self.config.prune.groups > 1:
             return {"calibration": self.calibration(model)}
-        return {"grams": f"{self.results}/{model}/grams.safetensors"}
+        return {"grams": f"{self.results}/{model}/grams"}
 
     def percent(self, variant: str) -> int:
         """The per cent of the denoiser's parameters that a variant lacks."""

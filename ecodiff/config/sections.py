@@ -444,6 +444,10 @@ class CalibrateSettings(Settings):
     """The prompt set. The paper uses 100 prompts."""
     batch_size: PositiveInt = 8
     """Prompts that run together, without gradients: as many as fit."""
+    memory_mb: PositiveInt | None = None
+    """Memory that the second moments for compensation may take at once beside the model, in MB:
+    they are gathered in as many passes over the prompts as that takes, with the same result. null:
+    80 % of what is free."""
 
 
 class PruneSettings(Settings):

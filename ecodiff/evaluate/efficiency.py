@@ -21,7 +21,7 @@ from ecodiff.runtime import timing
 
 def efficiency(
     pipe: DiffusionPipeline,
-    denoisers: Mapping[str, nn.Module],
+    denoisers: Mapping[str, Callable[[], nn.Module]],
     prompts: list[str],
     seeds: list[int],
     call: Call,
@@ -30,12 +30,13 @@ def efficiency(
     """Measures variants that differ in the denoiser alone.
 
     Each measurement is of all that `generate` does, from prompts to images: text encoders, all
-    denoising steps with their guidance branches, and the VAE. On a GPU, one denoiser at a time
-    is there beside the rest of the pipeline; the others wait in host memory.
+    denoising steps with their guidance branches, and the VAE. One denoiser at a time is on the
+    device beside the rest of the pipeline, and host memory holds the dense one and no other: each
+    variant is loaded anew for each of its turns, untimed.
 
     Args:
         pipe: the dense pipeline, on the device to measure on. Its denoiser is put back at the end.
-        denoisers: variant name -> its denoiser.
+        denoisers: variant name -> what loads its denoiser, on the CPU.
         prompts, seeds: one batch of `settings.batch_size`.
         call: the `call` section of the model.
 
@@ -60,21 +61,27 @@ def efficiency(
         embeds, noise = encode(pipe, prompts, call), starting_noise(pipe, seeds, call)
         decode(pipe, denoise(pipe, embeds, noise, call), call)
 
-    def turn(denoiser: nn.Module, measure: Callable[[], Any]) -> Any:
+    def turn(load: Callable[[], nn.Module], measure: Callable[[], Any]) -> Any:
         own.to("cpu")
+        denoiser = load()
+        for tensor in tensors_of(denoiser):
+            tensor.sum()  # or a mapped file would be read within the time that is measured
         setattr(pipe, slot, denoiser.to(place))
         try:
             return measure()
         finally:
-            denoiser.to("cpu")
+            setattr(pipe, slot, own.to("cpu"))
 
     try:
         found = {
-            name: turn(d, lambda: _size_and_work(pipe, work, images))
-            for name, d in denoisers.items()
+            name: turn(load, lambda: _size_and_work(pipe, work, images))
+            for name, load in denoisers.items()
         }
         rounds = [
-            {name: turn(d, lambda: timing.seconds(work, place)) for name, d in denoisers.items()}
+            {
+                name: turn(load, lambda: timing.seconds(work, place))
+                for name, load in denoisers.items()
+            }
             for _ in range(settings.warmup + settings.repeats)
         ]
     finally:

@@ -5,6 +5,7 @@ What follows a score (selection, pruning, compensation) is the same for all meth
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -12,15 +13,16 @@ from typing import Any
 
 import pandas as pd
 from diffusers import DiffusionPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
-from ecodiff.calibrate import Calibration, gather_grams
+from ecodiff.calibrate import Calibration
+from ecodiff.calibrate.grams import Grams, gather_grams, in_parts
 from ecodiff.config.methods import METHODS
 from ecodiff.config.sections import MaskSettings
 from ecodiff.mask import learn, peers, scores
 from ecodiff.mask.prices import Prices, budgeted
 from ecodiff.mask.sensitivity import closed_means, costs_of_share, sensitivity
-from ecodiff.models.structures import denoiser_of, discover
+from ecodiff.models.structures import Structure, denoiser_of, discover
 from ecodiff.runtime.errors import UserError
 
 Scores = dict[str, Tensor]
@@ -148,18 +150,12 @@ def taylor(pipe: DiffusionPipeline, request: Request) -> Scores:
 
 def wanda(pipe: DiffusionPipeline, request: Request) -> Scores:
     """See `peers.wanda`."""
-    structures = discover(pipe)
-    grams = gather_grams(pipe, structures, request.recorded(), request.settings.batch)
-    return peers.wanda(denoiser_of(pipe), structures, grams)
+    return _in_parts(pipe, request, peers.wanda)
 
 
 def obs(pipe: DiffusionPipeline, request: Request) -> Scores:
     """See `peers.obs`."""
-    structures = discover(pipe)
-    grams = gather_grams(
-        pipe, structures, request.recorded(), request.settings.batch, peers.decreasing_weight
-    )
-    return peers.obs(denoiser_of(pipe), structures, grams)
+    return _in_parts(pipe, request, peers.obs, peers.decreasing_weight)
 
 
 def obs_of_inner_blocks(pipe: DiffusionPipeline, request: Request) -> Scores:
@@ -170,3 +166,17 @@ def obs_of_inner_blocks(pipe: DiffusionPipeline, request: Request) -> Scores:
 def depth(pipe: DiffusionPipeline, request: Request) -> Scores:
     """See `peers.depth`."""
     return peers.depth(pipe, request.recorded(), request.settings.batch)
+
+
+def _in_parts(
+    pipe: DiffusionPipeline,
+    request: Request,
+    score: Callable[[nn.Module, Sequence[Structure], Grams], Scores],
+    *weight: Callable[[int, int], float],
+) -> Scores:
+    """Scores from second moments, of as many structures at a time as have room for theirs."""
+    structures, found = discover(pipe), dict[str, Tensor]()
+    for part in in_parts(pipe, structures):
+        grams = gather_grams(pipe, part, request.recorded(), request.settings.batch, *weight)
+        found |= score(denoiser_of(pipe), part, grams)
+    return {s.name: found[s.name] for s in structures}

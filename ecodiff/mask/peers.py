@@ -19,7 +19,8 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ecodiff.calibrate import Calibration, Grams
+from ecodiff.calibrate import Calibration
+from ecodiff.calibrate.grams import Grams
 from ecodiff.mask.scores import sum_over_lines, sum_over_unit
 from ecodiff.models.structures import Port, Structure, denoiser_of, discover
 from ecodiff.trajectory.denoising_loss import conditioned, objective
@@ -82,9 +83,10 @@ def obs(denoiser: nn.Module, structures: Sequence[Structure], grams: Grams) -> d
     inverses: dict[str, Tensor] = {}
     found = {}
     for s in structures:
-        for port in s.consumers:
-            if port.module not in inverses:
-                inverses[port.module] = _damped_inverse(grams.gram[port.module])
+        inverses = {  # of this structure alone: each is as large as the moments that it is of
+            name: inverses[name] if name in inverses else _damped_inverse(grams.gram[name])
+            for name in dict.fromkeys(port.module for port in s.consumers)
+        }
         layers = [_Layer.of(s, port, denoiser, inverses[port.module]) for port in s.consumers]
         if s.width == 1:
             found[s.name] = sum((one.saliencies() for one in layers), torch.zeros(s.units))

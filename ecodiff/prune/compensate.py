@@ -20,7 +20,7 @@ from ecodiff.prune.narrow import consumer_columns
 from ecodiff.runtime.errors import UserError
 
 if TYPE_CHECKING:
-    from ecodiff.calibrate import Grams
+    from ecodiff.calibrate.grams import Grams
 
 log = logging.getLogger(__name__)
 
@@ -50,9 +50,9 @@ def compensate(
     Raises:
         UserError: a consumer is missing in `grams`.
     """
-    short = [name for name, gram in grams.gram.items() if grams.count[name] < len(gram)]
+    short = [name for name, total in grams.total.items() if grams.count[name] < len(total)]
     if short:
-        rows, inputs = grams.count[short[0]], len(grams.gram[short[0]])
+        rows, inputs = grams.count[short[0]], len(grams.total[short[0]])
         log.warning(
             "prune: %s linears have more inputs than the calibration gives rows (%s: %.0f for %s);"
             " the ridge keeps what it does not tell, more prompts would do better",

@@ -10,7 +10,8 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from ecodiff.calibrate import Calibration, Grams
+from ecodiff.calibrate import Calibration
+from ecodiff.calibrate.grams import Grams
 from ecodiff.config.reading import read_settings
 from ecodiff.config.sections import PruneSettings
 from ecodiff.models.libraries import plain, refuse_offloaded

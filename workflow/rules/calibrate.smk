@@ -35,7 +35,7 @@ rule grams:
         model=of(plan.dense_files),
         calibration=of(plan.calibration),
     output:
-        "<results>/{model}/grams.safetensors",
+        directory("<results>/{model}/grams"),
     log:
         "<logs>/{model}/grams.log",
     benchmark:
@@ -56,4 +56,4 @@ rule grams:
         code=code_hash("calibrate"),
     shell:
         "ecodiff grams {params.source:q} {input.calibration:q} {output:q}"
-        " --config {params.config:q} --model {wildcards.model} --batch-size {params.batch_size} > {log:q} 2>&1"
+        " --config {params.config:q} --model {wildcards.model} > {log:q} 2>&1"

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ecodiff.models.calls import check_call, log_cut_prompts, why_not_finite
-from ecodiff.models.families import Call, runs_per_step
+from ecodiff.models.families import Call
 from ecodiff.models.libraries import without_compiling
 from ecodiff.models.pipelines import (
     check_fingerprint,
@@ -31,7 +31,7 @@ from ecodiff.models.pipelines import (
     latent_dtype,
     starting_noise,
 )
-from ecodiff.models.structures import Structure, denoiser_of, discover, modulation_linears
+from ecodiff.models.structures import denoiser_of, discover, modulation_linears
 from ecodiff.runtime.artifacts import atomic
 from ecodiff.runtime.errors import UserError
 from ecodiff.trajectory.directions import conditioned, tied, untied
@@ -121,16 +121,16 @@ class Calibration:
         tensors |= {f"moments.{key}": value for key, value in moments.items()}
         info = {key: getattr(self, key) for key in ("prompts", "seeds", "call", "fingerprint")}
         info["moments"] = names
-        _write(path, {**tensors, "noise": self.noise, "z0": self.z0}, info)
+        write(path, {**tensors, "noise": self.noise, "z0": self.z0}, info)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Read what `save` wrote. Raises `UserError` when the file is missing or not one, or a
         latent is not finite."""
-        tensors, info = _read(path)
-        parts = {part: _popped(tensors, f"{part}.") for part in ("embeds", "means", "moments")}
+        tensors, info = read(path)
+        parts = {part: popped(tensors, f"{part}.") for part in ("embeds", "means", "moments")}
         parts["moments"] = tied(parts["moments"], info.pop("moments", {}))
-        found = _built(cls, path, {**tensors, **info, **parts, "file": str(path)})
+        found = built(cls, path, {**tensors, **info, **parts, "file": str(path)})
         _refuse_not_finite(found.file, found.z0, found.seeds)
         return found
 
@@ -213,96 +213,6 @@ def averaged(denoiser: nn.Module) -> Iterator[dict[str, Tensor]]:
             means[name] = mean.float().cpu()
 
 
-@dataclass
-class Grams:
-    """Second moments of what consumers read in the dense model; linear name -> value.
-
-    Attributes:
-        gram: X^T X, (in, in), over all tokens, prompts, guidance branches and denoising steps.
-        total: the sum of X over the same, (in,).
-        count: how many rows X has; steps may be weighted.
-        fingerprint, call, prompts, seeds, means: of the calibration that they were gathered on.
-        file: what errors call them.
-    """
-
-    gram: dict[str, Tensor]
-    total: dict[str, Tensor]
-    count: dict[str, float]
-    fingerprint: str
-    call: Call = field(default_factory=dict)
-    prompts: list[str] = field(default_factory=list)
-    seeds: list[int] = field(default_factory=list)
-    means: dict[str, Tensor] = field(default_factory=dict)
-    file: str = "grams"
-
-    def check(self, pipe: DiffusionPipeline) -> None:
-        """Raise `UserError` when these were gathered from another model than `pipe`."""
-        check_fingerprint(self.file, self.fingerprint, fingerprint(pipe), pipe)
-
-    def save(self, path: str | Path) -> None:
-        """Write one safetensors file, whole or not at all."""
-        tensors = {f"gram.{name}": value for name, value in self.gram.items()}
-        tensors |= {f"total.{name}": value for name, value in self.total.items()}
-        tensors |= {f"means.{name}": value for name, value in self.means.items()}
-        keys = ("count", "fingerprint", "call", "prompts", "seeds")
-        _write(path, tensors, {key: getattr(self, key) for key in keys})
-
-    @classmethod
-    def load(cls, path: str | Path) -> Self:
-        """Read what `save` wrote. Raises `UserError` when the file is missing or not one."""
-        tensors, info = _read(path)
-        parts = {part: _popped(tensors, f"{part}.") for part in ("gram", "total", "means")}
-        return _built(cls, path, {**tensors, **parts, **info, "file": str(path)})
-
-
-def gather_grams(
-    pipe: DiffusionPipeline,
-    structures: Iterable[Structure],
-    calibration: Calibration,
-    batch_size: int,
-    weight: Callable[[int, int], float] = lambda step, steps: 1.0,
-) -> Grams:
-    """Run the dense model once more and gather the moments of each consumer's input.
-
-    Products are float32, sums float64 unless they would take more than 8 GB, on the model's device.
-    `weight` says how much a step counts: (which one, of how many) -> its factor. Raises `UserError`
-    when the calibration is of another model, or activations are not finite.
-    """
-    calibration = calibration.for_dense(pipe)
-    denoiser = denoiser_of(pipe)
-    names = dict.fromkeys(port.module for s in structures for port in s.consumers)
-    sizes = {name: denoiser.get_submodule(name).weight.shape[1] for name in names}
-    heavy = sum(8 * size**2 for size in sizes.values()) > 8e9
-    kind = {"dtype": torch.float32 if heavy else torch.float64, "device": denoiser.device}
-    grams = Grams(
-        gram={name: torch.zeros(size, size, **kind) for name, size in sizes.items()},
-        total={name: torch.zeros(size, **kind) for name, size in sizes.items()},
-        count=dict.fromkeys(names, 0),
-        fingerprint=calibration.fingerprint,
-        call=calibration.call,
-        prompts=calibration.prompts,
-        seeds=calibration.seeds,
-        means=calibration.means,
-    )
-
-    calls, runs = dict.fromkeys(names, 0), runs_per_step(pipe, calibration.embeds)
-
-    def add(name: str, layer: nn.Module, args: tuple[Any, ...]) -> None:
-        rows, steps = rows_of(layer, args[0]), len(pipe.scheduler.timesteps)
-        factor = weight(calls[name] // runs % steps, steps)
-        calls[name] += 1
-        grams.gram[name] += factor * (rows.T @ rows)
-        grams.total[name] += factor * rows.sum(0)
-        grams.count[name] += factor * len(rows)
-
-    with watched(denoiser, names, add):
-        calibration.drawn_by(pipe, batch_size)
-    bad = [name for name, gram in grams.gram.items() if not gram.isfinite().all()]
-    if bad:
-        raise UserError(f"grams: inputs of {bad[0]} are not finite; {why_not_finite(pipe)}")
-    return grams
-
-
 def rows_of(layer: nn.Module, x: Tensor) -> Tensor:
     """What a linear, or a 1x1 convolution, reads: float32 (tokens, in)."""
     return (x.movedim(1, -1) if isinstance(layer, nn.Conv2d) else x).flatten(0, -2).float()
@@ -337,28 +247,35 @@ def _refuse_not_finite(
         raise UserError(f"{file}: latents of seeds {bad[:5]} are not finite{why}")
 
 
-def _write(path: str | Path, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
+def write(path: str | Path, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
+    """Write tensors and facts to one safetensors file, whole or not at all."""
     with atomic(path) as scratch:
         contiguous = {key: value.contiguous() for key, value in tensors.items()}
         save_file(contiguous, scratch, metadata={"ecodiff": json.dumps(info)})
 
 
-def _read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read(path: str | Path, without: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and facts of a file that `write` wrote; `without` those of a prefix.
+
+    Raises `UserError` when the file is missing or not one.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             info = json.loads((file.metadata() or {})["ecodiff"])
-            return {key: file.get_tensor(key) for key in file.keys()}, info  # noqa: SIM118
+            names = [n for n in file.keys() if not (without and n.startswith(without))]  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in names}, info
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise UserError(f"{path}: missing, truncated or not written by ecodiff") from error
 
 
-def _popped(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def popped(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Take those out whose name begins with a prefix, under what comes after it."""
     names = [name for name in tensors if name.startswith(prefix)]
     return {name.removeprefix(prefix): tensors.pop(name) for name in names}
 
 
-def _built(cls: type, path: str | Path, fields: dict[str, Any]) -> Any:
+def built(cls: type, path: str | Path, fields: dict[str, Any]) -> Any:
+    """An object of the fields that were read of a file; `UserError` where they are of another."""
     try:
         return cls(**fields)
     except TypeError as error:
