@@ -189,8 +189,9 @@ class Costs:
         return learned, learned * self.sizes.value
 
     def generate(self, variant: Variant) -> Job:
-        """Drawing the evaluation set."""
-        count, call = self.config.prompts[self.config.evaluate.prompts].count, self.model.call
+        """Drawing the evaluation sets."""
+        sets, call = self.config.evaluate.prompts, self.model.call
+        count = sum(self.config.prompts[name].count for name in sets)
         left = 1 - variant.sparsity
         device = self._weights(left) + self.config.generate.batch_size * self.sizes.latent
         disk = count * (PIXEL * call.height * call.width + self.sizes.latent)

@@ -130,7 +130,7 @@ def main() -> None:
     folder = asked.run / asked.model
     record = Calibration.load(folder / f"{config.calibrate.prompts}.safetensors")
     grams = Grams.load(folder / "grams.safetensors")
-    rows = read_prompts(asked.run / f"prompts/{config.evaluate.prompts}.parquet")[:128]
+    rows = read_prompts(asked.run / f"prompts/{config.evaluate.prompts[0]}.parquet")[:128]
     held_out = calibrate(pipe, [*rows["prompt"]], [*rows["seed"]], call, BATCH)
     ways = {
         (f"by {units}, {name}", count, 3 * count): (averaged, count, units, weigh)

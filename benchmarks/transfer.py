@@ -136,7 +136,7 @@ def main() -> None:
     call = model.call.model_dump(exclude_none=True)
     loading = model.load.model_dump()
     pipe = load_pipeline(model.source, **loading | {"device": choose_device(model.load.device)})
-    prompts = read_prompts(asked.run / f"prompts/{config.evaluate.prompts}.parquet")[
+    prompts = read_prompts(asked.run / f"prompts/{config.evaluate.prompts[0]}.parquet")[
         : asked.prompts
     ]
     masks = {m: Mask.load(first_of(m, asked.run, asked.model)) for m in asked.methods}

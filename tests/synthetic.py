@@ -54,6 +54,7 @@ def write_run(
     folder: Path,
     models: tuple[str, ...] = ("toy-sdxl", "toy-flux"),
     pruned: list[str] = PRUNED,
+    sets: tuple[str, ...] = ("evaluation",),
 ) -> Results:
     rng = np.random.default_rng(0)
     scenes = [world.sample_scene(rng, "held-out") for _ in range(10)]
@@ -68,11 +69,14 @@ def write_run(
         for name in names:
             variant = Variant.parse(name)
             quality = _variant(folder / model, model, variant, scenes, rng)
-            (folder / model / name / "quality.json").write_text(json.dumps(quality))
+            for place in sets:
+                judged = folder / model / name / "quality" / f"{place}.json"
+                judged.parent.mkdir(exist_ok=True)
+                judged.write_text(json.dumps(quality | {"fid": quality["fid"] + sets.index(place)}))
             cost[name] = _cost(variant, rng)
         (folder / model / "efficiency.json").write_text(json.dumps(cost))
         _mask_cost().to_csv(folder / model / "mask_cost.csv", index=False)
-    return Results(folder, {model: ["dense", *pruned] for model in models}, prompts, SHARD)
+    return Results(folder, {model: ["dense", *pruned] for model in models}, sets, SHARD)
 
 
 def harm_of(variant: Variant) -> float:
@@ -103,7 +107,9 @@ def _variant(
         write_latents(folder, variant, range(first, first + SHARD), scenes)
         write_seen(folder, variant, range(first, first + SHARD))
     for index, scene in enumerate(scenes):
-        path = folder / variant.name / "images" / str(index // SHARD) / f"{index:05d}.png"
+        path = (
+            folder / variant.name / "images/evaluation" / str(index // SHARD) / f"{index:05d}.png"
+        )
         path.parent.mkdir(parents=True, exist_ok=True)
         noisy = world.render(scene) + rng.normal(0, 200 * harm, (64, 64, 3))
         Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8)).save(path)
@@ -139,7 +145,7 @@ def write_latents(
     **origin: object,
 ) -> None:
     """What the report reads of a shard's latents; `origin` changes what they were made of."""
-    shard = folder / variant.name / "images" / str(index[0] // SHARD)
+    shard = folder / variant.name / "images/evaluation" / str(index[0] // SHARD)
     shard.mkdir(parents=True, exist_ok=True)
     made = {"model": f"{variant.name}::", "dense": "dense::", "call": {}, "seeds": [*index]}
     made["prompts"] = [scenes[i].caption for i in index]
@@ -160,7 +166,7 @@ def write_seen(folder: Path, variant: Variant, index: range) -> None:
         "objects": np.ones(len(rows)),
         "shown": rows % 2,
     }
-    place = folder / variant.name / "seen"
+    place = folder / variant.name / "seen/evaluation"
     place.mkdir(parents=True, exist_ok=True)
     save_file(seen, place / f"{index[0] // SHARD}.safetensors")
 

@@ -81,6 +81,15 @@ def test_a_model_may_learn_twice_from_the_same_prompts():
     load_config(config(retrain={"lora": {"batch": 2, "prompts": "calibration"}}))
 
 
+def test_a_model_may_be_judged_on_several_sets_and_none_of_them_learned_from():
+    load_config(config(evaluate={"prompts": ["evaluation", "validation"]}))
+    load_config(config(evaluate={"prompts": "evaluation"}))
+    line = said(evaluate={"prompts": ["evaluation", "calibration"]})
+    assert "evaluate.prompts.1: is the prompt set of calibrate.prompts" in line
+    assert "evaluation is named twice" in said(evaluate={"prompts": ["evaluation"] * 2})
+    assert "no prompt set 'no'" in said(evaluate={"prompts": ["evaluation", "no"]})
+
+
 def test_noise_of_neighbours_does_not_overlap():
     load_config(config(prompts=sets(evaluation={"seed": 6})))
 

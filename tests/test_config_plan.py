@@ -116,11 +116,27 @@ def test_retraining_is_at_the_states_that_the_recipe_names():
 
 def test_the_last_shard_may_be_smaller():
     plan = planned(generate={"shard_size": 4})
-    shards = [f"results/small/a/dense/images/{shard}" for shard in range(3)]
-    assert plan.shards("a", "dense") == shards
-    seen = [f"results/small/a/dense/seen/{shard}.safetensors" for shard in range(3)]
-    assert plan.seen("a", "dense") == seen
-    assert plan.real("a") == plan.real("b") and len(plan.real("a")) == 3
+    shards = [f"results/small/a/dense/images/evaluation/{shard}" for shard in range(3)]
+    assert plan.all_shards()[:3] == shards
+    folder = "results/small/a/dense/seen/evaluation"
+    expected = [f"{folder}/{shard}.safetensors" for shard in range(3)]
+    assert plan.seen("a", "dense", "evaluation") == expected
+    real = plan.real("a", "evaluation")
+    assert real == plan.real("b", "evaluation") and len(real) == 3
+
+
+def test_each_set_is_drawn_and_judged_by_itself():
+    sets = {
+        "calibration": {"source": "shapeworld", "count": 4},
+        "evaluation": {"source": "shapeworld", "count": 10, "seed": 100},
+        "more": {"source": "shapeworld", "count": 4, "seed": 800},
+    }
+    plan = planned(prompts=sets, evaluate={"prompts": ["evaluation", "more"]})
+    folder = "results/small/a/dense"
+    assert f"{folder}/images/more/0" in plan.all_shards()
+    assert plan.judged()[:2] == [f"{folder}/quality/{name}.json" for name in ("evaluation", "more")]
+    assert plan.timed() == "results/small/prompts/evaluation.parquet"
+    assert plan.learned_tables("more") == ["results/small/prompts/calibration.parquet"]
 
 
 def test_variants_of_other_models_are_not_there():
@@ -191,8 +207,8 @@ def test_prompts_are_read_from_their_files_and_judged_by_their_pictures(tmp_path
     plan = planned(prompts={"calibration": shapes, "evaluation": real})
     assert plan.prompt_sets(drawn=True) == ["calibration"]
     assert plan.prompt_files("evaluation") == ["c.json", "val"]
-    assert plan.real_pictures() == ["val"]
-    assert planned().real_pictures() == ["results/small/prompts/evaluation"]
+    assert plan.real_pictures("evaluation") == ["val"]
+    assert planned().real_pictures("evaluation") == ["results/small/prompts/evaluation"]
 
 
 def test_what_is_judged_on_knows_what_is_learned_from():
@@ -204,7 +220,7 @@ def test_what_is_judged_on_knows_what_is_learned_from():
         "idle": {**more, "seed": 500},
     }
     plan = planned(prompts=sets, retrain={"lora": {"prompts": "more", "batch": 2}})
-    assert plan.learned_tables() == [plan.prompts("calibration"), plan.prompts("more")]
+    assert plan.learned_tables("evaluation") == [plan.prompts("calibration"), plan.prompts("more")]
 
 
 def test_planning_needs_no_torch():

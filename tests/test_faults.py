@@ -18,7 +18,7 @@ from workflow_runs import bytes_of, run, start, tiny_models, tiny_run
 
 pytestmark = pytest.mark.slow
 COMMAND = str(Path(sys.executable).with_name("ecodiff"))
-SHARD = "results/small/tiny/ecodiff-20-light/images/0"
+SHARD = "results/small/tiny/ecodiff-20-light/images/evaluation/0"
 STAGES = {
     *("prompts", "calibrate", "mask", "prune", "trajectory", "retrain", "generate"),
     *("evaluate", "report"),
@@ -134,7 +134,7 @@ def test_a_truncated_shard_is_never_taken_for_a_whole_one(undisturbed):
     file = folder / SHARD / "latents.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     seen = folder / f"{SHARD.replace('images', 'seen')}.safetensors"
-    judged = (folder / SHARD).parents[1] / "quality.json"
+    judged = (folder / SHARD).parents[2] / "quality/evaluation.json"
     for path in (seen, judged, folder / "results/small/tables/main.csv"):
         path.unlink()  # as when it was not looked at yet
     done = run(folder, config())

@@ -71,7 +71,7 @@ def test_quality_has_a_panel_a_metric_and_a_line_a_method(results: Results) -> N
 
 def test_a_metric_that_was_not_measured_has_no_panel(tmp_path: Path) -> None:
     results = write_run(tmp_path, ("toy-sdxl",))
-    for path in tmp_path.rglob("quality.json"):
+    for path in tmp_path.rglob("quality/*.json"):
         path.write_text(
             path.read_text().replace('"scene_accuracy": 0.', '"scene_accuracy": null, "x": 0.')
         )
@@ -240,7 +240,7 @@ SEEDED = [f"ecodiff-{p}-s{s}" for p in (10, 30) for s in (1, 2)]
 def test_a_point_of_several_seeds_is_their_mean_with_its_deviation(tmp_path: Path) -> None:
     results = write_run(tmp_path, ("toy-flux",), SEEDED)
     for name, fid in zip(SEEDED, (3.0, 5.0, 10.0, 20.0), strict=True):
-        path = tmp_path / f"toy-flux/{name}/quality.json"
+        path = tmp_path / f"toy-flux/{name}/quality/evaluation.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"fid": fid}))
     axis = panels(FIGURES["quality"](results, "toy-flux"))["FID ↓"]
     line = next(one for one in axis.get_lines() if one.get_label() == "EcoDiff")
@@ -298,7 +298,7 @@ def test_pictures_of_another_table_call_or_model_are_never_shown(
 @pytest.mark.parametrize("damage", ["missing", "cut", "no picture"])
 def test_a_damaged_picture_is_named(tmp_path: Path, damage: str) -> None:
     results = write_run(tmp_path, ("toy-flux",))
-    path = tmp_path / "toy-flux/dense/images/0/00002.png"
+    path = tmp_path / "toy-flux/dense/images/evaluation/0/00002.png"
     content = path.read_bytes()
     path.unlink()
     if damage != "missing":
@@ -309,7 +309,7 @@ def test_a_damaged_picture_is_named(tmp_path: Path, damage: str) -> None:
 
 def test_a_picture_of_another_size_is_named(tmp_path: Path) -> None:
     results = write_run(tmp_path, ("toy-flux",))
-    Image.new("RGB", (64, 32)).save(tmp_path / "toy-flux/ecodiff-10/images/0/00001.png")
+    Image.new("RGB", (64, 32)).save(tmp_path / "toy-flux/ecodiff-10/images/evaluation/0/00001.png")
     with pytest.raises(UserError, match=r"prompt 1, ecodiff-10: \(32, 64, 3\)"):
         FIGURES["pictures"](results, "toy-flux")
 
@@ -321,7 +321,7 @@ def test_a_dollar_in_a_caption_is_a_dollar(tmp_path: Path) -> None:
     table.loc[0, "prompt"] = caption
     table.to_parquet(results.prompts)
     for variant in results.of("toy-flux"):
-        shard = tmp_path / "toy-flux" / variant.name / "images/0" / LATENTS
+        shard = tmp_path / "toy-flux" / variant.name / "images/evaluation/0" / LATENTS
         with safe_open(shard, framework="np") as file:
             index, metadata = file.get_tensor("index"), file.metadata()
         made = json.loads(metadata["ecodiff"])

@@ -35,7 +35,7 @@ def test_each_variant_has_its_scores_prompt_by_prompt(results: Results) -> None:
 
 def test_captions_that_nothing_checks_have_no_verdict(tmp_path: Path) -> None:
     results = write_run(tmp_path, ("toy-flux",), ["random-10"])
-    for file in tmp_path.glob("toy-flux/*/seen/*"):
+    for file in tmp_path.glob("toy-flux/*/seen/evaluation/*"):
         save_file({**load_file(file), "objects": np.zeros(5)}, file)
     assert "scene_accuracy" not in gallery(results)["models"]["toy-flux"][1]["scores"]
 
@@ -52,14 +52,14 @@ def test_what_was_seen_of_other_prompts_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", ["missing", "cut", "of another stage"])
 def test_a_damaged_file_is_named(tmp_path: Path, damage: str) -> None:
     results = write_run(tmp_path, ("toy-flux",), ["random-10"])
-    file = tmp_path / "toy-flux/random-10/seen/1.safetensors"
+    file = tmp_path / "toy-flux/random-10/seen/evaluation/1.safetensors"
     content = file.read_bytes()
     file.unlink()
     if damage == "cut":
         file.write_bytes(content[:50])
     elif damage == "of another stage":
         save_file({"index": np.zeros(1)}, file)
-    with pytest.raises(UserError, match=r"random-10/seen/1\.safetensors: cannot be read"):
+    with pytest.raises(UserError, match=r"random-10/seen/evaluation/1\.safetensors: cannot be read"):
         gallery(results)
 
 
@@ -102,7 +102,7 @@ def test_a_prompt_is_picked_with_the_mouse_and_with_keys(page, results: Results,
     captions = results.captions().tolist()
     assert page.js(CAPTION) == captions[0]
     names = results.variants["toy-sdxl"]
-    assert loaded(page) == [f"toy-sdxl/{name}/images/0/00000.png" for name in names]
+    assert loaded(page) == [f"toy-sdxl/{name}/images/evaluation/0/00000.png" for name in names]
     page.key("ArrowRight")
     page.key("ArrowRight")
     assert page.js(CAPTION) == captions[2]
@@ -110,7 +110,7 @@ def test_a_prompt_is_picked_with_the_mouse_and_with_keys(page, results: Results,
     assert page.js(CAPTION) == captions[1]
     page.click("document.querySelector('#prompts option:nth-child(8)')")
     assert page.js(CAPTION) == captions[7]
-    assert loaded(page)[1] == "toy-sdxl/ecodiff-10/images/1/00007.png"  # the second shard
+    assert loaded(page)[1] == "toy-sdxl/ecodiff-10/images/evaluation/1/00007.png"  # the second shard
     scores = page.js("document.querySelector('#pictures figure:nth-child(2)').innerText")
     assert "EcoDiff, 10\u00a0%" in scores and "0.830" in scores and "yes" in scores
     page.screenshot(tmp_path / "gallery.png")
@@ -147,7 +147,7 @@ def test_captions_are_searched_and_ordered(page, results: Results) -> None:
 def test_a_view_has_an_address_and_m_changes_the_model(page, results: Results) -> None:
     page.open(results.folder / "index.html", "#toy-flux/3")
     assert page.js(CAPTION) == results.captions().tolist()[3]
-    assert loaded(page)[0] == "toy-flux/dense/images/0/00003.png"
+    assert loaded(page)[0] == "toy-flux/dense/images/evaluation/0/00003.png"
     page.key("m")
     assert page.js("location.hash") == "#toy-sdxl/3"
-    assert loaded(page)[0] == "toy-sdxl/dense/images/0/00003.png"
+    assert loaded(page)[0] == "toy-sdxl/dense/images/evaluation/0/00003.png"

@@ -30,7 +30,7 @@ def test_a_row_for_each_variant_with_the_values_of_its_files(results: Results) -
     assert list(table.index) == ["dense", *PRUNED]
     row = table.loc["ecodiff-20-comp"]
     folder = results.folder / "toy-sdxl"
-    judged = json.loads((folder / "ecodiff-20-comp/quality.json").read_text())
+    judged = json.loads((folder / "ecodiff-20-comp/quality/evaluation.json").read_text())
     cost = json.loads((folder / "efficiency.json").read_text())["ecodiff-20-comp"]
     for metric in QUALITY:
         assert row[metric.key] == judged[metric.key]
@@ -38,6 +38,26 @@ def test_a_row_for_each_variant_with_the_values_of_its_files(results: Results) -
         assert row[key] == cost[key]
     assert row["method"] == "EcoDiff + least squares"
     assert row["target_sparsity"] == 0.2
+
+
+def test_each_prompt_set_has_a_block_of_columns(tmp_path: Path) -> None:
+    results = write_run(tmp_path, ("toy-flux",), ["random-20"], ("coco", "flickr30k"))
+    path = tmp_path / "toy-flux/random-20/quality/flickr30k.json"
+    judged = json.loads(path.read_text()) | {"fid": 12.5, "resampled": {"fid": [12.0, 13.0]}}
+    path.write_text(json.dumps(judged))
+    table = main_table(results)
+    row = table.set_index("variant").loc["random-20"]
+    assert row["fid"] == results.quality("toy-flux", results.of("toy-flux")[1])["fid"] != 12.5
+    assert row["fid_flickr30k"] == 12.5
+    assert row["fid_flickr30k_se"] == pytest.approx(0.5**0.5)
+    write_tables(table, tmp_path / "tables", sets=results.sets)
+    header, _, _, line, *_ = (tmp_path / "tables/main.md").read_text().splitlines()[2:]
+    cells = dict(zip(header.split("|"), line.split("|"), strict=True))
+    assert cells[" flickr30k: FID ↓ "] == " 12.50 ± 0.71 "
+    names = [*cells]
+    blocks = [[n for n in names if n.startswith(f" {name}: ")] for name in results.sets]
+    assert len(blocks[0]) == len(blocks[1]) == len(QUALITY)
+    assert names.index(blocks[0][-1]) + 1 == names.index(blocks[1][0])
 
 
 def test_exact_sparsity_is_that_of_the_counted_parameters(results: Results) -> None:
@@ -119,12 +139,14 @@ def test_the_printed_table_fits_its_width_without_cuts(results: Results) -> None
 
 def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
     results = write_run(tmp_path, ("toy-sdxl",))
-    path = tmp_path / "toy-sdxl/random-10/quality.json"
+    path = tmp_path / "toy-sdxl/random-10/quality/evaluation.json"
     path.write_text("{")
-    with pytest.raises(UserError, match=r"random-10.quality\.json: cannot be read"):
+    with pytest.raises(UserError, match=r"random-10.quality.evaluation\.json: cannot be read"):
         main_table(results)
     path.unlink()
-    with pytest.raises(UserError, match=r"random-10.quality\.json: there is no such file"):
+    with pytest.raises(
+        UserError, match=r"random-10.quality.evaluation\.json: there is no such file"
+    ):
         main_table(results)
 
 
@@ -133,7 +155,7 @@ def test_what_may_be_better_by_chance_alone_is_marked(tmp_path: Path) -> None:
     results = write_run(tmp_path, ("toy-flux",), ["ecodiff-20", "random-20", "magnitude-20"])
     drawn = {"ecodiff": [9.0, 10, 11], "random": [9.5, 10.6, 11.6], "magnitude": [12.0, 9, 10]}
     for method_, values in drawn.items():
-        path = tmp_path / f"toy-flux/{method_}-20/quality.json"
+        path = tmp_path / f"toy-flux/{method_}-20/quality/evaluation.json"
         judged = json.loads(path.read_text()) | {"fid": sum(values) / 3}
         path.write_text(json.dumps(judged | {"resampled": {"fid": values}}))
     table = main_table(results)

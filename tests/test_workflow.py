@@ -249,7 +249,7 @@ def test_large_sets_are_generated_in_shards(place, tmp_path):
     "target",
     [
         "results/demo/toy-sdxl/ecodiff-11/model",
-        "results/demo/toy-sd/dense/quality.json",
+        "results/demo/toy-sd/dense/quality/evaluation.json",
         "results/demo/prompts/nothing.parquet",
         "results/other/tables/main.csv",
     ],

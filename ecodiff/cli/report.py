@@ -30,7 +30,8 @@ def tables(run: Run) -> None:
     notes, settings = how_measured(config.evaluate), config.report.model_dump()
     begun = begin("report.tables", [*made_of(config, run), *filter(None, [published])])
     mark = begun.id(settings)
-    write_tables(table, run / "tables", Path(published) if published else None, notes, mark)
+    theirs, sets = Path(published) if published else None, results.sets
+    write_tables(table, run / "tables", theirs, notes, mark, sets)
     write_ranking(table, run / "tables", notes)
     begun.write_manifest(run / "tables", settings)
 
@@ -62,7 +63,7 @@ def gallery(run: Run) -> None:
     from ecodiff.report.gallery import write_gallery
 
     config, results = _results(run)
-    seen = [path for model in config.models for path in run.glob(f"{model}/*/seen/*.safetensors")]
+    seen = [path for model in config.models for path in run.glob(f"{model}/*/seen/{results.sets[0]}/*")]
     begun = begin("report.gallery", [results.prompts, *sorted(seen)])
     write_gallery(results, run / "index.html")
     begun.write_manifest(run / "index.html", config.report.model_dump())
@@ -103,7 +104,11 @@ def made_of(config: Config, run: Path) -> list[Path]:
     for model in config.models:
         variants = config.variants_of(model)
         found += [run / model / file for file in ("efficiency.json", "mask_cost.csv")]
-        found += [run / model / variant.name / "quality.json" for variant in variants]
+        found += [
+            run / model / variant.name / "quality" / f"{name}.json"
+            for variant in variants
+            for name in config.evaluate.prompts
+        ]
         found += [run / model / name / "model" for name in {v.pruned.name for v in variants}]
     return sorted(path for path in found if path.exists())
 
@@ -113,8 +118,7 @@ def _results(run: Path) -> tuple[Config, Results]:
 
     config = load_config(run / "config.yaml")
     variants = {model: [v.name for v in config.variants_of(model)] for model in config.models}
-    prompts = run / f"prompts/{config.evaluate.prompts}.parquet"
     shown = config.report.shown
     percents = None if shown is None else frozenset(round(100 * share) for share in shown)
-    size = config.generate.shard_size
-    return config, Results(run, variants, prompts, size, config.report.examples, percents)
+    sets, size = config.evaluate.prompts, config.generate.shard_size
+    return config, Results(run, variants, sets, size, config.report.examples, percents)

@@ -120,14 +120,19 @@ def _unknown_prompts(config: Config) -> Iterator[Mistake]:
     for path, name in _roles(config).items():
         if name not in config.prompts:
             yield path, f"no prompt set {name!r}; there are {', '.join(config.prompts)}"
+    for name, times in Counter(config.evaluate.prompts).items():
+        if times > 1:
+            yield ("evaluate", "prompts"), f"{name} is named twice"
 
 
 def _roles(config: Config) -> dict[tuple[str | int, ...], str]:
     """The key that names each prompt set that a run uses -> the set."""
     roles: dict[tuple[str | int, ...], str] = {
         ("calibrate", "prompts"): config.calibrate.prompts,
-        ("evaluate", "prompts"): config.evaluate.prompts,
+        ("evaluate", "prompts"): config.evaluate.prompts[0],
     }
+    others = enumerate(config.evaluate.prompts[1:], start=1)
+    roles |= {("evaluate", "prompts", place): name for place, name in others}
     for kind, section in config.retrain.items():
         if section.prompts is not None:
             roles["retrain", kind, "prompts"] = section.prompts
@@ -182,7 +187,8 @@ def _overlaps(config: Config) -> Iterator[Mistake]:
     roles = _roles(config)
     for (one, first), (other, second) in combinations(roles.items(), 2):
         learns = {path[0] for path in (one, other)} <= {"calibrate", "retrain", "models"}
-        if learns:  # learned from twice, judged on never
+        judges = {path[0] for path in (one, other)} == {"evaluate"}
+        if learns or judges:  # learned from twice, or judged on twice
             continue
         what = _shared(config.prompts[first], config.prompts[second], first == second)
         if what:
@@ -203,15 +209,16 @@ def _shared(one: PromptSet, other: PromptSet, same: bool) -> str | None:
 def _amounts(config: Config) -> Iterator[Mistake]:
     """Batches larger than the data, steps beyond those there are."""
     calibration = config.prompts[config.calibrate.prompts].count
-    evaluation = config.prompts[config.evaluate.prompts].count
     chosen = config.evaluate
-    if evaluation < 2:
-        yield ("prompts", config.evaluate.prompts, "count"), "two pictures at least are judged"
-    size, least = config.generate.shard_size, -(-evaluation // SHARDS)
+    evaluation = config.prompts[chosen.prompts[0]].count
+    for name in chosen.prompts:
+        if config.prompts[name].count < 2:
+            yield ("prompts", name, "count"), "two pictures at least are judged"
+    size = config.generate.shard_size
+    largest = max(config.prompts[name].count for name in chosen.prompts)
+    least = -(-largest // SHARDS)
     if size < least:
-        message = (
-            f"{size} a shard of {evaluation} prompts; {least} at least: a job reads all shards"
-        )
+        message = f"{size} a shard of {largest} prompts; {least} at least: a job reads all shards"
         yield ("generate", "shard_size"), message
     if chosen.efficiency and chosen.efficiency.batch_size > evaluation:
         path = ("evaluate", "efficiency", "batch_size")

@@ -107,25 +107,23 @@ class Plan:
         """What a prompt set is read from. A dry-run may come before its files do."""
         return [file for file in self.config.prompts[set].files if Path(file).exists()]
 
-    def learned_tables(self) -> list[str]:
-        """The tables of the prompts that models learn from, other than those they are judged on."""
-        learned = self.config.prompts_learned()
-        return [self.prompts(name) for name in learned if name != self.config.evaluate.prompts]
+    def learned_tables(self, set: str) -> list[str]:
+        """The tables of the prompts that models learn from, other than those of a set."""
+        return [self.prompts(name) for name in self.config.prompts_learned() if name != set]
 
-    def real_pictures(self) -> list[str]:
-        """The folder of the real pictures that variants are judged by; none without them."""
-        name = self.config.evaluate.prompts
-        if self.config.prompts[name].source == "shapeworld":
-            return [f"{self.results}/prompts/{name}"]
-        return self.prompt_files(name)[1:]
+    def real_pictures(self, set: str) -> list[str]:
+        """The folder of the real pictures of a set; none without them."""
+        if self.config.prompts[set].source == "shapeworld":
+            return [f"{self.results}/prompts/{set}"]
+        return self.prompt_files(set)[1:]
 
     def prompts(self, set: str) -> str:
         """The table of a prompt set."""
         return f"{self.results}/prompts/{set}.parquet"
 
-    def evaluated(self) -> str:
-        """The table of the prompts that variants are judged on."""
-        return self.prompts(self.config.evaluate.prompts)
+    def timed(self) -> str:
+        """The table of the prompts that variants are timed on: the first set."""
+        return self.prompts(self.config.evaluate.prompts[0])
 
     def calibration(self, model: str) -> str:
         """What the dense model made of the calibration prompts."""
@@ -228,52 +226,50 @@ class Plan:
         return [
             f"{folder}/trajectories/{prompts}-{settings.batch}{at}/{shard}"
             for folder in folders
-            for shard in range(self._shards(prompts))
+            for shard in self._shards(prompts)
         ]
 
-    def shards(self, model: str, variant: str) -> list[str]:
-        """The image shards of a variant."""
-        count = self._shards(self.config.evaluate.prompts)
-        return [f"{self.results}/{model}/{variant}/images/{shard}" for shard in range(count)]
-
-    def _shards(self, prompts: str) -> int:
-        return -(-self.config.prompts[prompts].count // self.config.generate.shard_size)
-
-    def shards_of_all(self, model: str) -> list[str]:
-        """The image shards of all variants of a model, the dense one first."""
-        return [s for v in self._variants[model] for s in self.shards(model, v.name)]
+    def _shards(self, prompts: str) -> range:
+        return range(-(-self.config.prompts[prompts].count // self.config.generate.shard_size))
 
     def all_shards(self) -> list[str]:
-        """The image shards of all models and variants."""
-        return [shard for model in self.config.models for shard in self.shards_of_all(model)]
+        """The image shards of all models, variants and sets that they are judged on."""
+        return [
+            f"{self.results}/{model}/{variant.name}/images/{name}/{shard}"
+            for model, variants in self._variants.items()
+            for variant in variants
+            for name in self.config.evaluate.prompts
+            for shard in self._shards(name)
+        ]
 
-    def seen(self, model: str, variant: str) -> list[str]:
+    def seen(self, model: str, variant: str, set: str) -> list[str]:
         """What was seen of each image shard of a variant."""
-        shards = range(len(self.shards(model, variant)))
-        return [f"{self.results}/{model}/{variant}/seen/{i}.safetensors" for i in shards]
+        folder = f"{self.results}/{model}/{variant}/seen/{set}"
+        return [f"{folder}/{shard}.safetensors" for shard in self._shards(set)]
 
     def all_seen(self) -> list[str]:
-        """What was seen of all image shards of all models and variants."""
+        """What was seen of the image shards that the gallery shows, of all models and variants."""
         return [
             file
             for model, variants in self._variants.items()
             for variant in variants
-            for file in self.seen(model, variant.name)
+            for file in self.seen(model, variant.name, self.config.evaluate.prompts[0])
         ]
 
-    def real(self, model: str) -> list[str]:
+    def real(self, model: str, set: str) -> list[str]:
         """What was seen of the real images at the size of a model's, in shards; none without."""
-        name, call = self.config.evaluate.prompts, self.config.models[model].call
-        shards = range(self._shards(name) if self.config.prompts[name].has_pictures else 0)
-        folder = f"{self.results}/real/{call.width}x{call.height}"
+        call = self.config.models[model].call
+        folder = f"{self.results}/real/{set}/{call.width}x{call.height}"
+        shards = self._shards(set) if self.config.prompts[set].has_pictures else ()
         return [f"{folder}/{shard}.safetensors" for shard in shards]
 
     def judged(self) -> list[str]:
-        """The quality of all variants of all models."""
+        """The quality of all variants of all models on each set."""
         return [
-            f"{self.results}/{model}/{variant.name}/quality.json"
+            f"{self.results}/{model}/{variant.name}/quality/{name}.json"
             for model, variants in self._variants.items()
             for variant in variants
+            for name in self.config.evaluate.prompts
         ]
 
     def source_by_variant(self, model: str) -> list[str]:

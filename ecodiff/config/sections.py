@@ -38,6 +38,13 @@ Resize = Literal["clean", "torch", "legacy"]
 # Weights of open_clip whose models are only right by the name with "-quickgelu".
 QUICKGELU = ("openai", "metaclip_400m", "metaclip_fullcc", "dfn2b", "dfn5b")
 T = TypeVar("T")
+
+
+def listed(value: Any) -> Any:
+    """Wrap a single value in a list."""
+    return value if isinstance(value, list | tuple) else [value]
+
+
 NonEmpty = Annotated[tuple[T, ...], Field(min_length=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -514,9 +521,12 @@ SEEN_BY = ("features", "resize", "clip_model", "clip_pretrained", "cmmd_model", 
 class EvaluateSettings(Settings):
     """How variants are evaluated."""
 
-    prompts: Name = "evaluation"
-    """The prompt set. The paper uses 5,000 captions; FID of a few hundred images is biased
-    upwards."""
+    prompts: Annotated[
+        NonEmpty[Name], BeforeValidator(listed, json_schema_input_type=Name | list[Name])
+    ] = ("evaluation",)
+    """The prompt set, or a list of them: each has columns of its own in the tables; figures show
+    the first, and speed is measured on it. The paper uses 5,000 captions of COCO and of Flickr30k;
+    FID of a few hundred images is biased upwards."""
     features: Literal["inception", "clip"] = "inception"
     """Features that FID and KID compare: `inception`: Inception's 2,048 pool features; `clip`:
     image embeddings of `clip_model`."""

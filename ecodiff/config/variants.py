@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, model_validator
 
@@ -17,13 +17,9 @@ from ecodiff.config.sections import (
     Seed,
     Settings,
     Share,
+    listed,
 )
 from ecodiff.runtime.errors import UserError
-
-
-def _listed(value: Any) -> Any:
-    """Wrap a single value in a list."""
-    return value if isinstance(value, list | tuple) else [value]
 
 
 def is_whole_percent(share: float) -> bool:
@@ -37,14 +33,14 @@ class VariantSettings(Settings):
 
     method: Annotated[
         NonEmpty[MethodName],
-        BeforeValidator(_listed, json_schema_input_type=MethodName | list[MethodName]),
+        BeforeValidator(listed, json_schema_input_type=MethodName | list[MethodName]),
     ]
     """One method, or a list of them; docs/methods.md explains them."""
     sparsities: NonEmpty[Share]
     """Shares of the denoiser's parameters to remove, in steps of 0.01. Up to the maskable share of
     the model, see docs/families.md."""
     compensation: Annotated[
-        NonEmpty[bool], BeforeValidator(_listed, json_schema_input_type=bool | list[bool])
+        NonEmpty[bool], BeforeValidator(listed, json_schema_input_type=bool | list[bool])
     ] = (False,)
     """Re-solve the surviving weights by least squares, without training; see the section `prune`.
     [false, true] gives variants of both kinds."""

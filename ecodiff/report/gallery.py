@@ -57,6 +57,7 @@ def gallery(results: Results) -> dict[str, Any]:
     }
     return {
         "run": results.folder.resolve().name,
+        "set": results.sets[0],
         "shard_size": results.shard_size,
         "prompts": results.table[["index", "prompt", "seed"]].to_dict("records"),
         "scores": [asdict(score) for score in SCORES],

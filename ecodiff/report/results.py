@@ -31,7 +31,7 @@ class Results:
     Attributes:
         folder: `results/<run>`.
         variants: model -> names of its variants, in the order in which they are shown.
-        prompts: table of the evaluation prompts (parquet).
+        sets: names of the prompt sets that they were judged on; pictures are of the first.
         shard_size: how many of them a shard of pictures holds.
         examples: how many of them the picture grid shows.
         percents: of the variants in figures that have a row or column a variant; None: all.
@@ -39,11 +39,13 @@ class Results:
 
     folder: Path
     variants: Mapping[str, Sequence[str]]
-    prompts: Path
+    sets: Sequence[str]
     shard_size: int
     examples: int = 8
     percents: frozenset[int] | None = None
-    _read: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict, repr=False)
+    _read: dict[tuple[str, str], dict[str, dict[str, Any]]] = field(
+        default_factory=dict, repr=False
+    )
 
     def of(self, model: str) -> list[Variant]:
         """All variants of a model. Raises `UserError` when there is no such model."""
@@ -72,15 +74,13 @@ class Results:
         pruned = [variant for variant in self.shown(model) if not variant.is_dense]
         return list(dict.fromkeys(variant.scores for variant in pruned))
 
-    def quality(self, model: str, variant: Variant) -> dict[str, Any]:
-        """What `evaluate quality` found."""
-        keys = [*(one.key for one in QUALITY), *OBJECTS]
-        places = {
-            name: self.folder / model / name / "quality.json" for name in self.variants[model]
-        }
+    def quality(self, model: str, variant: Variant, prompts: str | None = None) -> dict[str, Any]:
+        """What `evaluate quality` found on a prompt set; None: on the first."""
+        keys, prompts = [*(one.key for one in QUALITY), *OBJECTS], prompts or self.sets[0]
+        places = self._places(model, prompts)
         # What is no number is so for all: no real images, or captions that nothing checks. But
         # pictures that are identical have no finite PSNR.
-        found = self._judged(model)
+        found = self._judged(model, prompts)
         for name, path in places.items():
             _check(path, name, found[name], keys)
         for key in (key for key in keys if key != "psnr"):
@@ -90,13 +90,16 @@ class Results:
                 raise UserError(f"{path}: has no {key}, others have; evaluate again")
         return dict(found[variant.name])
 
-    def _judged(self, model: str) -> dict[str, dict[str, Any]]:
+    def _places(self, model: str, prompts: str) -> dict[str, Path]:
+        folder, file = self.folder / model, f"{prompts}.json"
+        return {name: folder / name / "quality" / file for name in self.variants[model]}
+
+    def _judged(self, model: str, prompts: str) -> dict[str, dict[str, Any]]:
         """What `evaluate quality` wrote of each variant of a model, read once."""
-        if model not in self._read:
-            names = self.variants[model]
-            found = {name: read_json(self.folder / model / name / "quality.json") for name in names}
-            self._read[model] = found
-        return self._read[model]
+        if (model, prompts) not in self._read:
+            places = self._places(model, prompts)
+            self._read[model, prompts] = {name: read_json(path) for name, path in places.items()}
+        return self._read[model, prompts]
 
     def efficiency(self, model: str) -> dict[str, dict[str, Any]] | None:
         """Variant name -> quantity -> value, from `efficiency.json`; None if not measured."""
@@ -141,6 +144,11 @@ class Results:
         path = self.folder / model / variant.name / "model" / "history.csv"
         return read_csv(path, ["step", "loss"])
 
+    @property
+    def prompts(self) -> Path:
+        """The table of the evaluation prompts (parquet)."""
+        return self.folder / f"prompts/{self.sets[0]}.parquet"
+
     @cached_property
     def table(self) -> pd.DataFrame:
         """The table of the evaluation prompts, in the order of their index."""
@@ -154,7 +162,7 @@ class Results:
             as in `evaluate.quality`), and scene_accuracy (bool) where all captions are
             ShapeWorld's. Raises `UserError` also when the pictures are of other prompts.
         """
-        folder = self.folder / model / variant.name / "seen"
+        folder = self.folder / model / variant.name / "seen" / self.sets[0]
         shards = range(-(-len(self.table) // self.shard_size))
         parts = [read_seen(folder / f"{shard}.safetensors") for shard in shards]
         found = pd.concat(parts, ignore_index=True)
@@ -179,7 +187,7 @@ class Results:
         table = self.table
         row = table["index"].tolist().index(index)
         shard, dense = (
-            self.folder / model / name / "images" / str(row // self.shard_size)
+            self.folder / model / name / "images" / self.sets[0] / str(row // self.shard_size)
             for name in (variant.name, Variant().name)
         )
         (indices, origin), (_, of_dense) = read_origin(shard), read_origin(dense)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ecodiff.config.methods import METHODS
@@ -97,6 +98,26 @@ QUALITY = (
 )
 # Metrics that compare with the dense model, whose own value is trivial and not shown.
 COMPARED_TO_DENSE = {"ssim", "psnr", "latent_error", "latent_error_median"}
+
+
+def quality_of(sets: Sequence[str]) -> dict[str, tuple[Quantity, ...]]:
+    """The columns of each prompt set in tables: of the first one plain, of others with its name;
+    where there are several, each says which set it is of."""
+    if len(sets) < 2:
+        return dict.fromkeys(sets, QUALITY)
+    return {
+        name: tuple(
+            replace(
+                one,
+                key=one.key if name == sets[0] else f"{one.key}_{name}",
+                name=f"{name}: {one.name}",
+            )
+            for one in QUALITY
+        )
+        for name in sets
+    }
+
+
 # The checker's verdict on captions of each kind, beside that on all.
 OBJECTS = {"scene_accuracy_one": "one object", "scene_accuracy_two": "two objects"}
 COST = (

@@ -16,13 +16,12 @@ from ecodiff.config.sections import EvaluateSettings
 from ecodiff.config.variants import Variant
 from ecodiff.report.pages import write_table
 from ecodiff.report.results import Results
-from ecodiff.report.style import COST, EXACT, QUALITY, TARGET, Quantity, method
+from ecodiff.report.style import COST, EXACT, QUALITY, TARGET, Quantity, method, quality_of
 from ecodiff.runtime.artifacts import write_text
 from ecodiff.runtime.errors import UserError, first_line
 from ecodiff.runtime.reading import read_text
 
 SIZE, WORK = COST[:3], COST[3:]
-COLUMNS = (TARGET, EXACT, *SIZE, *QUALITY, *WORK)
 SHORT = [one for one in QUALITY if one.key not in ("kid", "cmmd")]  # both measure the same as FID
 CONSOLE = (TARGET, EXACT, COST[1], *SHORT, COST[3])  # what fits a terminal's width
 WIDTH = 120  # characters of the printed table at least, also without a terminal or in a narrow one
@@ -34,7 +33,7 @@ def main_table(results: Results) -> pd.DataFrame:
     Returns:
         model, variant, method (str); target_sparsity and sparsity (shares of the denoiser's
         parameters, 0 to 1; the latter is counted on the pruned model where efficiency was measured,
-        otherwise the mask's exact sparsity) and the `QUALITY` and `COST` columns of `style`. What
+        otherwise the mask's exact sparsity) and the quality and cost columns of `columns_of`. What
         was not measured is NaN; PSNR of identical images is infinite.
 
     Raises:
@@ -44,9 +43,6 @@ def main_table(results: Results) -> pd.DataFrame:
     for model in results.variants:
         measured = results.efficiency(model)
         for variant in results.of(model):
-            judged = results.quality(model, variant)
-            if judged["psnr"] is None:  # JSON has no infinity
-                judged["psnr"] = np.inf
             cost = measured[variant.name] if measured else {}
             exact = results.sparsity(model, variant)
             if measured and "dense" in measured:
@@ -59,23 +55,45 @@ def main_table(results: Results) -> pd.DataFrame:
                     "method": method(variant),
                     "target_sparsity": variant.sparsity,
                     "sparsity": exact,
-                    **{one.key: judged[one.key] for one in QUALITY},
                     **{one.key: cost.get(one.key) for one in COST},
-                    **_uncertainty(results, model, variant),
+                    **_judged(results, model, variant),
                 }
             )
-    names = ["model", "variant", "method", *(column.key for column in COLUMNS)]
-    extra = [f"{one.key}_{what}" for one in QUALITY for what in ("se", "tied")]
+    columns = columns_of(results.sets)
+    names = ["model", "variant", "method", *(column.key for column in columns)]
+    extra = [f"{column.key}_{what}" for column in columns for what in ("se", "tied")]
     return pd.DataFrame(
         rows, columns=[*names, *(key for key in extra if any(key in row for row in rows))]
     )
 
 
-def _uncertainty(results: Results, model: str, variant: Variant) -> dict[str, Any]:
+def columns_of(sets: Sequence[str]) -> list[Quantity]:
+    """The columns of the main table of a run that was judged on some prompt sets."""
+    judged = [column for block in quality_of(sets).values() for column in block]
+    return [TARGET, EXACT, *SIZE, *judged, *WORK]
+
+
+def _judged(results: Results, model: str, variant: Variant) -> dict[str, Any]:
+    """The metrics of a variant on all prompt sets, with what is known of their errors."""
+    found: dict[str, Any] = {}
+    for prompts, columns in quality_of(results.sets).items():
+        judged = results.quality(model, variant, prompts)
+        if judged["psnr"] is None:  # JSON has no infinity
+            judged["psnr"] = np.inf
+        errors = _uncertainty(results, model, variant, prompts)
+        for one, column in zip(QUALITY, columns, strict=True):
+            found[column.key] = judged[one.key]
+            for what in ("se", "tied"):
+                if f"{one.key}_{what}" in errors:
+                    found[f"{column.key}_{what}"] = errors[f"{one.key}_{what}"]
+    return found
+
+
+def _uncertainty(results: Results, model: str, variant: Variant, prompts: str) -> dict[str, Any]:
     """Of each metric its standard error, and whether a better variant of the same sparsity may be
     better by chance alone."""
     rivals = [v for v in results.of(model) if v.percent == variant.percent]
-    judged = {v: results.quality(model, v) for v in rivals}
+    judged = {v: results.quality(model, v, prompts) for v in rivals}
     found: dict[str, Any] = {}
     for one in QUALITY:
         known = {
@@ -131,6 +149,7 @@ def write_tables(
     published: Path | None = None,
     notes: str = "",
     mark: str = "",
+    sets: Sequence[str] = ("evaluation",),
 ) -> None:
     """Write `main.csv` (raw values), and `main.md`, `main.tex` and `main.html`, which sorts by any
     column (rounded, with units).
@@ -141,11 +160,12 @@ def write_tables(
         published: csv file of published results, shown below our table in `main.md`.
         notes: a paragraph below our table in `main.md` and `main.html`.
         mark: the hash of all that the table was made of, which each file carries; "": none.
+        sets: the prompt sets that it has columns of.
 
     Raises:
         UserError: the file of published results cannot be read.
     """
-    shown = readable(table, _measured(table, COLUMNS))
+    shown = readable(table, _measured(table, columns_of(sets)))
     text = f"# Results\n\n{markdown(shown)}\n{notes}"
     text += f"\nMade of {mark}; `ecodiff explain` tells of what.\n" if mark else ""
     latex = f"% made of {mark}\n{_latex(shown)}" if mark else _latex(shown)

@@ -1,16 +1,16 @@
 # What the real pictures look like, cut to the size of a model's: once for all models of that size.
 rule real:
     input:
-        prompts=plan.evaluated(),
-        learned=plan.learned_tables(),
-        pictures=plan.real_pictures(),
+        prompts="<results>/prompts/{set}.parquet",
+        learned=of(plan.learned_tables),
+        pictures=of(plan.real_pictures),
         clip=plan.clip_files(),
     output:
-        "<results>/real/{width}x{height}/{shard}.safetensors",
+        "<results>/real/{set}/{width}x{height}/{shard}.safetensors",
     log:
-        "<logs>/real/{width}x{height}-{shard}.log",
+        "<logs>/real/{set}-{width}x{height}-{shard}.log",
     benchmark:
-        "<benchmarks>/real/{width}x{height}-{shard}.tsv"
+        "<benchmarks>/real/{set}-{width}x{height}-{shard}.tsv"
     wildcard_constraints:
         width=r"\d+",
         height=r"\d+",
@@ -37,16 +37,16 @@ rule real:
 # What a variant's pictures look like beside the dense model's: a job a shard, each by itself.
 rule see:
     input:
-        prompts=plan.evaluated(),
-        images="<results>/{model}/{variant}/images/{shard}",
-        dense="<results>/{model}/dense/images/{shard}",
+        prompts="<results>/prompts/{set}.parquet",
+        images="<results>/{model}/{variant}/images/{set}/{shard}",
+        dense="<results>/{model}/dense/images/{set}/{shard}",
         clip=plan.clip_files(),
     output:
-        "<results>/{model}/{variant}/seen/{shard}.safetensors",
+        "<results>/{model}/{variant}/seen/{set}/{shard}.safetensors",
     log:
-        "<logs>/{model}/see/{variant}-{shard}.log",
+        "<logs>/{model}/see/{variant}-{set}-{shard}.log",
     benchmark:
-        "<benchmarks>/{model}/see/{variant}-{shard}.tsv"
+        "<benchmarks>/{model}/see/{variant}-{set}-{shard}.tsv"
     conda:
         "../../environment.yml"
     threads: 1
@@ -71,11 +71,11 @@ rule quality:
         seen=of(plan.seen),
         real=of(plan.real),
     output:
-        "<results>/{model}/{variant}/quality.json",
+        "<results>/{model}/{variant}/quality/{set}.json",
     log:
-        "<logs>/{model}/quality/{variant}.log",
+        "<logs>/{model}/quality/{variant}-{set}.log",
     benchmark:
-        "<benchmarks>/{model}/quality/{variant}.tsv"
+        "<benchmarks>/{model}/quality/{variant}-{set}.tsv"
     conda:
         "../../environment.yml"
     threads: 1
@@ -100,7 +100,7 @@ rule efficiency:
     input:
         model=of(plan.dense_files),
         variants=of(plan.folders),
-        prompts=plan.evaluated(),
+        prompts=plan.timed(),
     output:
         "<results>/{model}/efficiency.json",
     log:

@@ -1,13 +1,13 @@
 rule generate:
     input:
         model=of(plan.model_files),
-        prompts=plan.evaluated(),
+        prompts="<results>/prompts/{set}.parquet",
     output:
-        directory("<results>/{model}/{variant}/images/{shard}"),
+        directory("<results>/{model}/{variant}/images/{set}/{shard}"),
     log:
-        "<logs>/{model}/generate/{variant}-{shard}.log",
+        "<logs>/{model}/generate/{variant}-{set}-{shard}.log",
     benchmark:
-        "<benchmarks>/{model}/generate/{variant}-{shard}.tsv"
+        "<benchmarks>/{model}/generate/{variant}-{set}-{shard}.tsv"
     conda:
         "../../environment.yml"
     threads: 1

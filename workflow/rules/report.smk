@@ -49,7 +49,7 @@ rule figures:
 # All pictures, prompt by prompt: a page that any browser opens.
 rule gallery:
     input:
-        prompts=plan.evaluated(),
+        prompts=plan.timed(),
         seen=plan.all_seen(),
         images=plan.all_shards(),
     output:
@@ -62,7 +62,7 @@ rule gallery:
         "../../environment.yml"
     params:
         config=CONFIG,
-        shown=[settings(part) for part in ("variants", "generate/shard_size")],
+        shown=[settings(part) for part in ("variants", "generate/shard_size", "evaluate/prompts")],
         code=code_hash("report.gallery"),
     shell:
         "ecodiff report gallery $(dirname {params.config:q}) > {log:q} 2>&1"
