@@ -8,7 +8,7 @@ UV_VERSION := 0.13.8
 export UV_LINK_MODE ?= copy
 
 # What users install: the core, or with the extra of a stage.
-INSTALLS := . .[evaluate] .[report] .[retrain] .[workflow]
+INSTALLS := . .[evaluate] .[prompts] .[report] .[retrain] .[workflow]
 
 .PHONY: demo test test-slurm test-install bench lint lock schema install clean
 

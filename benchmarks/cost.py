@@ -3,7 +3,8 @@
 F is a forward pass of one denoising step of one prompt, with both branches of guidance, counted on
 the meta device (see sizes.py). Time is operations over a stated rate, that of bfloat16
 for models in two bytes; `benchmarks/real_size.py` measures it on a GPU.
-calibrate: F a step of each prompt. grams: the same, and X^T X of each consumer at the float32 rate.
+calibrate: F a step of each prompt. grams: the same, as often as `calibrate.memory_mb` makes passes (once
+without it), and X^T X of each consumer at the float32 rate.
 mask: learned ones, 3F a step of each prompt that passes (2F where activations are kept); others as
 they look: `sensitivity` 3F, `obs` as grams, `wanda` and `depth` F, `taylor` 3F at 50 timesteps.
 prune: float32 solving of n^3 / 3 + 2 n^3 for n columns; with groups, F of dense and pruned each.
@@ -25,13 +26,14 @@ import argparse
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 
 import pandas as pd
 from sizes import Sizes, sizes_of
 
 from ecodiff.config.plan import Plan
-from ecodiff.config.run import Config, load_config
+from ecodiff.config.run import Config, read_over_each_other
 from ecodiff.config.sections import MaskSettings, RetrainSettings
 from ecodiff.config.variants import Variant
 from ecodiff.runtime.errors import UserError
@@ -101,9 +103,11 @@ class Costs:
         work = self.prompts * self.loop
         yield Job("calibrate", work, self.weights + passing, record, gathered=record)
         if self.config.prune.groups == 1 and any(v.compensation for v in self.variants):
-            device = self.weights + passing + self.moments
-            float32 = self.prompts * self.products
-            yield Job("grams", work, device, self.moments, float32, gathered=self.moments)
+            allowed = self.config.calibrate.memory_mb
+            held = min(self.moments, allowed * 1e6) if allowed else self.moments
+            work *= ceil(self.moments / held)
+            device, float32 = self.weights + passing + held, self.prompts * self.products
+            yield Job("grams", work, device, self.moments, float32, gathered=held)
 
     def mask(self, variant: Variant) -> Job:
         """Scoring by a method."""
@@ -245,7 +249,7 @@ def table(config: Config, rate: float, float32: float) -> pd.DataFrame:
 def main() -> None:
     """Print the model of the computation and the table."""
     parser = argparse.ArgumentParser(description="GPU-hours, memory and disk of a run.")
-    parser.add_argument("config", type=Path)
+    parser.add_argument("config", type=Path, nargs="+", help="each is put over those before it")
     said = f"operations a second; default {USED:.0%} of an H100's peak".replace("%", "%%")
     parser.add_argument("--flops", type=float, default=USED * BF16, help=f"bfloat16 {said}")
     parser.add_argument("--float32-flops", type=float, default=USED * FLOAT32, help=said)
@@ -253,7 +257,7 @@ def main() -> None:
     if min(asked.flops, asked.float32_flops) <= 0:
         parser.error("--flops and --float32-flops must be above 0")
     try:
-        found = table(load_config(asked.config), asked.flops, asked.float32_flops)
+        found = table(read_over_each_other(asked.config), asked.flops, asked.float32_flops)
     except UserError as error:
         sys.exit(f"error: {error}")
     print(__doc__.split("\n\n", 1)[1])

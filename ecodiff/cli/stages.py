@@ -38,7 +38,7 @@ def prompts(
     out: Out,
     settings: Text = None,
     pictures: Annotated[
-        Path | None, typer.Option(help="Folder for pictures that are drawn.")
+        Path | None, typer.Option(help="Folder for pictures that come with the prompts.")
     ] = None,
     config: ConfigFile = None,
     name: Annotated[str, typer.Option("--set", help="The prompt set in that config.")] = "",
@@ -48,7 +48,7 @@ def prompts(
 
     chosen = Source(config).read(PromptSet, settings, "prompts", name)
     place = pictures or out.with_suffix("")
-    drawn = [place] if chosen.source == "shapeworld" else []
+    drawn = [place] if chosen.writes_pictures else []
     reads = [chosen.path, config]
     with job("prompts", out, folders=drawn, reads=reads, **chosen.model_dump()):
         write_prompts(make_prompts(chosen, place), out)

@@ -56,8 +56,12 @@ def missing(config: Config) -> Iterator[Mistake]:
         elif quantised := quantiser_of(Path(model.source)):
             yield ("models", name, "source"), f"{model.source} is quantised ({quantised})"
     for name, prompts in config.prompts.items():
-        if prompts.path is not None and not Path(prompts.path).is_file():
-            yield ("prompts", name, "path"), f"there is no file {prompts.path}"
+        folder = prompts.source in ("folder", "datasets")
+        on_hub = prompts.source == "datasets" and not is_local(str(prompts.path))
+        if prompts.path is not None and not on_hub:
+            what, there = ("folder", Path.is_dir) if folder else ("file", Path.is_file)
+            if not there(Path(prompts.path)):
+                yield ("prompts", name, "path"), f"there is no {what} {prompts.path}"
         if prompts.images is not None and not Path(prompts.images).is_dir():
             yield ("prompts", name, "images"), f"there is no folder {prompts.images}"
     for key in ("clip_model", "cmmd_model"):
@@ -199,7 +203,7 @@ def _overlaps(config: Config) -> Iterator[Mistake]:
 def _shared(one: PromptSet, other: PromptSet, same: bool) -> str | None:
     if same:
         return "is the prompt set of"
-    if one.path is not None and one.path == other.path:
+    if one.path is not None and (one.path, one.split) == (other.path, other.split):
         return "takes its captions from the file of"
     if max(one.seed, other.seed) < min(one.seed + one.count, other.seed + other.count):
         return "starts from noise (its seeds) of"

@@ -99,9 +99,9 @@ class Plan:
         return [file for files in found for file in files]
 
     def prompt_sets(self, drawn: bool) -> list[str]:
-        """The prompt sets whose true pictures are drawn, or those that are read from files."""
+        """The prompt sets whose pictures are written beside their tables, or the others."""
         sets = self.config.prompts.items()
-        return [name for name, one in sets if (one.source == "shapeworld") == drawn]
+        return [name for name, one in sets if one.writes_pictures == drawn]
 
     def prompt_files(self, set: str) -> list[str]:
         """What a prompt set is read from. A dry-run may come before its files do."""
@@ -113,7 +113,7 @@ class Plan:
 
     def real_pictures(self, set: str) -> list[str]:
         """The folder of the real pictures of a set; none without them."""
-        if self.config.prompts[set].source == "shapeworld":
+        if self.config.prompts[set].writes_pictures:
             return [f"{self.results}/prompts/{set}"]
         return self.prompt_files(set)[1:]
 

@@ -31,17 +31,34 @@ class Document:
         values: what it says.
         name: of the file or option; empty for values without a text.
         lines: path of keys -> number of its line.
+        under: the document that these values were put over, if any.
     """
 
     values: Any
     name: str = ""
     lines: Mapping[Path_, int] = field(default_factory=dict)
+    under: Document | None = None
 
     def where(self, path: Path_) -> str:
         """What begins a message about a key: file, line and key, as far as they are known."""
-        known = next((path[:n] for n in range(len(path), 0, -1) if path[:n] in self.lines), None)
-        place = f"{self.name}, line {self.lines[known]}" if known is not None else self.name
+        home, known = self._home(path)
+        place = f"{home.name}, line {home.lines[known]}" if known else home.name
         return ": ".join(part for part in (place, ".".join(map(str, path))) if part)
+
+    def line(self, path: Path_) -> int:
+        """The line of a key, or of what it lies in; 0 where none is known."""
+        home, known = self._home(path)
+        return home.lines.get(known, 0)
+
+    def _home(self, path: Path_) -> tuple[Document, Path_]:
+        """The document that says most of a path of keys, and how much of it."""
+        known = (path[:n] for n in range(len(path), 0, -1) if path[:n] in self.lines)
+        mine = next(known, ())
+        if self.under is not None:
+            below, theirs = self.under._home(path)
+            if len(theirs) > len(mine):
+                return below, theirs
+        return self, mine
 
 
 def read_document(source: str | Path, name: str = "") -> Document:
@@ -119,7 +136,7 @@ def explain(error: ValidationError, kind: type[BaseModel], document: Document) -
             continue
         path = _own_path(one["loc"], document)
         line = f"{document.where(path)}: {_message(one, kind)}".removeprefix(": ")
-        found.setdefault(line, _line_of(path, document))
+        found.setdefault(line, document.line(path))
     return sorted(found, key=lambda line: found[line])
 
 
@@ -153,11 +170,6 @@ def _has(values: Any, path: Path_) -> bool:
         except (TypeError, KeyError, IndexError):
             return False
     return True
-
-
-def _line_of(path: Path_, document: Document) -> int:
-    known = (document.lines.get(path[:n]) for n in range(len(path), 0, -1))
-    return next((line for line in known if line is not None), 0)
 
 
 def _message(error: Mapping[str, Any], kind: type[BaseModel]) -> str:

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -60,6 +61,7 @@ class Config(Settings):
     run: Name
     """Results go to `results/<run>/`."""
     models: Annotated[dict[Name, ModelSettings], Field(min_length=1)]
+    """null leaves out a model that an earlier file names."""
     variants: Annotated[tuple[VariantSettings, ...], Field(min_length=1)]
     """Beside the dense model."""
     prompts: Annotated[dict[Name, PromptSet], Field(min_length=1)]
@@ -89,6 +91,7 @@ class Config(Settings):
             if isinstance(model, Mapping)
             else model
             for name, model in data["models"].items()
+            if model is not None
         }
         return {**data, "models": models}
 
@@ -131,20 +134,41 @@ def load_planned(
 
     Args:
         values: what Snakemake read of `files`, `--config` put over it.
-        files: where it was read; messages name the lines of the last one.
+        files: where it was read, each put over those before it.
 
     Raises:
         UserError: see `load_config`.
     """
-    documents = [
-        read_document(_from_here(file)) for file in files
-    ]  # finds keys that stand there twice
-    last = documents[-1] if documents else Document(None)
-    document = Document(values, last.name, last.lines)
+    document = replace(_over_each_other(map(_from_here, files)), values=values)
     config = load_config(document)
     for line in _lines(to_fetch(config), document):
         log.warning("config: %s; they will be fetched when pictures are judged", line)
     return config, _lines(missing(config), document)
+
+
+def read_over_each_other(files: Iterable[str | Path]) -> Config:
+    """The config of several files, each put over those before it, as Snakemake does.
+
+    Raises:
+        UserError: see `load_config`.
+    """
+    return load_config(_over_each_other(map(Path, files)))
+
+
+def _over_each_other(files: Iterable[Path]) -> Document:
+    """The contents of several files, each put over those before it; finds keys that stand twice."""
+    document = Document(None)
+    for file in files:
+        top = read_document(file)
+        document = replace(top, values=_put_over(document.values, top.values), under=document)
+    return document
+
+
+def _put_over(base: Any, changes: Any) -> Any:
+    """Mappings key by key, and null as any other value."""
+    if not isinstance(base, Mapping) or not isinstance(changes, Mapping):
+        return changes
+    return {**base, **{key: _put_over(base.get(key), one) for key, one in changes.items()}}
 
 
 def _from_here(file: str | Path) -> Path:

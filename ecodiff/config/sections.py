@@ -72,19 +72,25 @@ class Settings(BaseModel):
 class PromptSet(Settings):
     """Where the prompts of one set, their seeds and their real images come from."""
 
-    source: Literal["shapeworld", "file", "folder", "coco", "flickr30k", "gcc"]
+    source: Literal["shapeworld", "file", "folder", "datasets", "coco", "flickr30k", "gcc"]
     """`file`: a txt (one prompt per line), csv, tsv, jsonl or parquet file. `folder`: pictures with
     captions, in txt files of the same names or in a metadata.csv (tsv, jsonl, parquet) with a
-    column `file_name`. `shapeworld`: captions
+    column `file_name`. `datasets`: what that library reads, the first rows. `shapeworld`: captions
     of the toys' world, drawn from `seed`. The others: the captions file of that data set."""
     path: FilePath | None = None
-    """The file, the folder, or the captions file of the data set; not for shapeworld."""
+    """The file, the folder, or the captions file of the data set; datasets: an id of the hub or a
+    folder; not for shapeworld."""
     images: FilePath | None = None
     """coco, flickr30k: folder of the real images, which FID, KID and CMMD compare with."""
     column: str = "prompt"
-    """file, folder: the column (jsonl: the key) that holds the prompts; not for txt."""
-    split: Literal["train", "held-out"] = "train"
-    """shapeworld: the two splits share no caption; the toys are trained on `train`."""
+    """file, folder, datasets: the column (jsonl: the key) that holds the prompts; not for txt."""
+    image_column: str | None = None
+    """datasets: the column of the real pictures; null: there are none."""
+    subset: str | None = None
+    """datasets: which configuration, where there are several."""
+    split: str = "train"
+    """datasets: the split. shapeworld: `train` or `held-out`, which share no caption; the toys are
+    trained on `train`."""
     count: PositiveInt
     """How many prompts to take. The paper uses 100 for calibration, 5,000 for evaluation."""
     seed: NonNegativeInt = 0
@@ -98,18 +104,21 @@ class PromptSet(Settings):
             "shapeworld": {"split"},
             "file": {"path", "column"},
             "folder": {"path", "column"},
+            "datasets": {"path", "column", "image_column", "subset", "split"},
             "coco": {"path", "images"},
             "flickr30k": {"path", "images"},
             "gcc": {"path"},
         }[self.source]
         if (self.path or "").lower().endswith(".txt"):
             read -= {"column"}
-        for key in ("path", "images", "column", "split"):
+        for key in ("path", "images", "column", "image_column", "subset", "split"):
             value = getattr(self, key)
-            if key in read and value is None:
+            if key in read and value is None and key in ("path", "images"):
                 raise ValueError(f"source {self.source} needs the key {key}")
             if key not in read and value != PromptSet.model_fields[key].default:
                 raise ValueError(f"{key}: nothing reads it here (source {self.source})")
+        if self.source == "shapeworld" and self.split not in ("train", "held-out"):
+            raise ValueError(f"split: shapeworld has train and held-out, not {self.split!r}")
         if self.seed + self.count > 2**63:
             raise ValueError(f"seed: seed + count goes beyond 2^63: {self.seed} + {self.count}")
         return self
@@ -117,7 +126,12 @@ class PromptSet(Settings):
     @property
     def has_pictures(self) -> bool:
         """Whether each prompt has a real picture."""
-        return self.images is not None or self.source in ("shapeworld", "folder")
+        return bool(self.images) or self.source == "folder" or self.writes_pictures
+
+    @property
+    def writes_pictures(self) -> bool:
+        """Whether its pictures are written beside its table."""
+        return self.source == "shapeworld" or self.image_column is not None
 
     @property
     def files(self) -> list[str]:

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from ecodiff.config.sections import PromptSet
+from ecodiff.prompts.hub import read_dataset
 from ecodiff.prompts.sources import READERS, draw_shapeworld
 from ecodiff.runtime.artifacts import atomic
 from ecodiff.runtime.errors import UserError, listed
@@ -29,7 +30,8 @@ def make_prompts(settings: PromptSet, images: str | Path) -> pd.DataFrame:
     """The table of a prompt set; one line of the log counts what was left out or is there twice.
 
     Args:
-        images: folder that shapeworld renders its true pictures into; other sources write none.
+        images: folder for the pictures of shapeworld, which are drawn, and of datasets; other
+            sources write none.
 
     Returns:
         index int, prompt str, seed int (the set's seed + index, so that no two prompts share
@@ -42,6 +44,8 @@ def make_prompts(settings: PromptSet, images: str | Path) -> pd.DataFrame:
     counts = Counter[str]()
     if settings.source == "shapeworld":
         pairs = draw_shapeworld(settings, Path(images))
+    elif settings.source == "datasets":
+        pairs = read_dataset(settings, Path(images), counts)
     else:
         pairs = READERS[settings.source](settings, counts)
     name, found, pairs = settings.path or settings.source, len(pairs), pairs[: settings.count]

@@ -13,6 +13,7 @@ from ecodiff.runtime.errors import UserError
 # Names as they are imported; pyproject.toml has the same libraries, as an index names them.
 EXTRAS = {
     "evaluate": ("open_clip", "scipy", "torch_fidelity", "torchmetrics", "torchvision"),
+    "prompts": ("datasets",),
     "report": ("jinja2", "matplotlib"),
     "retrain": ("peft",),
 }
