@@ -3,8 +3,8 @@
 F is a forward pass of one denoising step of one prompt, with both branches of guidance, counted on
 the meta device (see sizes.py). Time is operations over a stated rate, that of bfloat16
 for models in two bytes; `benchmarks/real_size.py` measures it on a GPU.
-calibrate: F a step of each prompt. grams: the same, as often as `calibrate.memory_mb` makes passes (once
-without it), and X^T X of each consumer at the float32 rate.
+calibrate: F a step of each prompt. grams: the same, as often as `calibrate.memory_mb` makes passes
+(once without it), and X^T X of each consumer at the float32 rate.
 mask: learned ones, 3F a step of each prompt that passes (2F where activations are kept); others as
 they look: `sensitivity` 3F, `obs` as grams, `wanda` and `depth` F, `taylor` 3F at 50 timesteps.
 prune: float32 solving of n^3 / 3 + 2 n^3 for n columns; with groups, F of dense and pruned each.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 from types import MappingProxyType
@@ -11,7 +12,6 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from ecodiff.calibrate import Calibration, rows_of, watched
 from ecodiff.models.structures import Structure, denoiser_of
@@ -20,7 +20,7 @@ from ecodiff.prune.means import of_modulation
 from ecodiff.prune.narrow import consumer_columns
 from ecodiff.trajectory.directions import Basis
 from ecodiff.trajectory.gates import Gates
-from ecodiff.trajectory.rollout import DenseStep, dense_steps
+from ecodiff.trajectory.rollout import replaced_forward
 
 
 @torch.no_grad()
@@ -40,9 +40,9 @@ def compensate_in_groups(
 
     Each consumer is fitted to its output in the dense model, from the inputs that it gets in the
     model as pruned and compensated so far. Both models run on the denoiser inputs of the dense
-    model's steps. So later consumers correct errors of earlier ones, including consumers that lose
-    no columns themselves. Modulation channels are removed before the first group and give their
-    calibration means.
+    model's steps, one of which at a time is in memory. So later consumers correct errors of earlier
+    ones, including consumers that lose no columns themselves. Modulation channels are removed
+    before the first group and give their calibration means.
 
     Groups are OBS-Diff's "module packages"; OBS-Diff fits to the output of the pruned model instead
     of the dense one.
@@ -63,9 +63,7 @@ def compensate_in_groups(
     """
     calibration = calibration.for_dense(pipe)
     denoiser = denoiser_of(pipe)
-    batches = calibration.batches(batch_size, denoiser.device)
-    steps = [s for e, noise, _ in batches for s in dense_steps(pipe, e, noise, calibration.call)]
-    order = _in_order(denoiser, structures, steps[0])
+    order = _in_order(pipe, structures, calibration)
     columns = {m: torch.arange(denoiser.get_submodule(m).weight.shape[1]) for m in order}
     columns |= consumer_columns(denoiser, structures, kept)
     columns = {module: found.to(denoiser.device) for module, found in columns.items()}
@@ -81,8 +79,10 @@ def compensate_in_groups(
         gone = [s for s in structures if s.name in kept]
         gone = [s for s in gone if all(port.module in solved for port in s.consumers)]
         gates.set({s.name: _stays(s, kept[s.name]) for s in gone})
-        moments = _moments(denoiser, dense, {m: columns[m] for m in group}, steps, gates)
-        for module, (own, cross) in moments.items():
+        sums = _Sums(denoiser, dense, {m: columns[m] for m in group}, gates)
+        with replaced_forward(denoiser, sums.step):
+            calibration.drawn_by(pipe, batch_size)
+        for module, (own, cross) in sums.found.items():
             linear = denoiser.get_submodule(module)
             bias = dense.get(f"{module}.bias")
             weight = dense[f"{module}.weight"].flatten(1)
@@ -90,30 +90,58 @@ def compensate_in_groups(
         solved |= set(group)
 
 
-def _moments(
-    denoiser: nn.Module,
-    dense: Mapping[str, Tensor],
-    columns: Mapping[str, Tensor],
-    steps: Sequence[DenseStep],
-    gates: Gates,
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Linear name -> (X X^T, T X^T) of `refit`, float64, summed over all steps and prompts."""
-    sums: dict[str, tuple[Tensor, Tensor]] = {}
-    for step in steps:
+class _Sums:
+    """The moments of some consumers, summed up while the dense model draws: a step at a time is in
+    memory.
+
+    Attributes:
+        found: linear name -> (X X^T, T X^T) of `refit`, float64, over all steps and prompts so far.
+    """
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        dense: Mapping[str, Tensor],
+        columns: Mapping[str, Tensor],
+        gates: Gates,
+    ) -> None:
+        self.denoiser, self.forward = denoiser, denoiser.forward
+        self.dense, self.columns, self.gates = dense, columns, gates
+        self.found: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        """In place of the denoiser's forward: that of the dense model, after which the model as
+        compensated so far reads the same."""
         now: dict[str, Tensor] = {}
         then: dict[str, Tensor] = {}
-        with watched(denoiser, columns, partial(_keep_rows, then)):
-            functional_call(denoiser, dict(dense), step.args, step.kwargs)
+        with self._dense_weights(), watched(self.denoiser, self.columns, partial(_keep_rows, then)):
+            output = self.forward(*args, **kwargs)
         # `watched` hooks first, so it records a consumer's inputs before its own gates act.
-        with watched(denoiser, columns, partial(_keep_rows, now)), gates.attached(denoiser):
-            denoiser(*step.args, **step.kwargs)
-        for module, stays in columns.items():
-            x, t = now[module][:, stays], then[module]
-            if f"{module}.bias" in dense:
+        with (
+            watched(self.denoiser, self.columns, partial(_keep_rows, now)),
+            self.gates.attached(self.denoiser),
+        ):
+            self.forward(*args, **kwargs)
+        for module, stays in self.columns.items():
+            x, t = now.pop(module)[:, stays], then.pop(module)
+            if f"{module}.bias" in self.dense:
                 x, t = (torch.cat([rows, rows.new_ones(len(rows), 1)], 1) for rows in (x, t))
-            own, cross = sums.get(module, (0.0, 0.0))
-            sums[module] = (own + (x.T @ x).double(), cross + (t.T @ x).double())
-    return sums
+            own, cross = self.found.get(module, (0.0, 0.0))
+            self.found[module] = (own + (x.T @ x).double(), cross + (t.T @ x).double())
+        return output
+
+    @contextmanager
+    def _dense_weights(self) -> Iterator[None]:
+        """Inside, consumers have their dense weights."""
+        parameters = {name: self.denoiser.get_parameter(name) for name in self.dense}
+        solved = {name: parameter.data for name, parameter in parameters.items()}
+        for name, parameter in parameters.items():
+            parameter.data = self.dense[name]
+        try:
+            yield
+        finally:
+            for name, parameter in parameters.items():
+                parameter.data = solved[name]
 
 
 def _keep_rows(
@@ -122,12 +150,14 @@ def _keep_rows(
     found[name] = rows_of(layer, args[0])
 
 
-def _in_order(denoiser: nn.Module, structures: Sequence[Structure], step: DenseStep) -> list[str]:
+def _in_order(
+    pipe: DiffusionPipeline, structures: Sequence[Structure], calibration: Calibration
+) -> list[str]:
     """The names of the consumers in the order in which a forward pass runs them."""
     names = dict.fromkeys(port.module for s in structures for port in s.consumers)
     seen: dict[str, None] = {}
-    with watched(denoiser, names, lambda name, *_: seen.setdefault(name)):
-        denoiser(*step.args, **step.kwargs)
+    with watched(denoiser_of(pipe), names, lambda name, *_: seen.setdefault(name)):
+        calibration.first(1).drawn_by(pipe, 1)
     return [*seen]
 
 
