@@ -99,6 +99,9 @@ class _Stored(Mapping[str, Tensor]):
         with safe_open(self.homes[name], framework="pt") as file:
             return file.get_tensor(f"gram.{name}")
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.homes  # a mapping's own looks by reading
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.homes)
 
@@ -142,7 +145,7 @@ def gather_grams(
         rows, steps = rows_of(layer, args[0]), len(pipe.scheduler.timesteps)
         factor = weight(calls[name] // runs % steps, steps)
         calls[name] += 1
-        grams.gram[name].add_(rows.T @ rows, alpha=factor)
+        grams.gram[name].add_(rows.T @ rows, alpha=float(factor))
         grams.total[name] += factor * rows.sum(0)
         grams.count[name] += factor * len(rows)
 

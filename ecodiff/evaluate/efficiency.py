@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -63,6 +64,7 @@ def efficiency(
 
     def turn(load: Callable[[], nn.Module], measure: Callable[[], Any]) -> Any:
         own.to("cpu")
+        gc.collect()  # modules are in cycles, which would keep the last one
         denoiser = load()
         for tensor in tensors_of(denoiser):
             tensor.sum()  # or a mapped file would be read within the time that is measured
