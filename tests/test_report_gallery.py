@@ -59,7 +59,9 @@ def test_a_damaged_file_is_named(tmp_path: Path, damage: str) -> None:
         file.write_bytes(content[:50])
     elif damage == "of another stage":
         save_file({"index": np.zeros(1)}, file)
-    with pytest.raises(UserError, match=r"random-10/seen/evaluation/1\.safetensors: cannot be read"):
+    with pytest.raises(
+        UserError, match=r"random-10/seen/evaluation/1\.safetensors: cannot be read"
+    ):
         gallery(results)
 
 
@@ -110,7 +112,9 @@ def test_a_prompt_is_picked_with_the_mouse_and_with_keys(page, results: Results,
     assert page.js(CAPTION) == captions[1]
     page.click("document.querySelector('#prompts option:nth-child(8)')")
     assert page.js(CAPTION) == captions[7]
-    assert loaded(page)[1] == "toy-sdxl/ecodiff-10/images/evaluation/1/00007.png"  # the second shard
+    assert (
+        loaded(page)[1] == "toy-sdxl/ecodiff-10/images/evaluation/1/00007.png"
+    )  # the second shard
     scores = page.js("document.querySelector('#pictures figure:nth-child(2)').innerText")
     assert "EcoDiff, 10\u00a0%" in scores and "0.830" in scores and "yes" in scores
     page.screenshot(tmp_path / "gallery.png")

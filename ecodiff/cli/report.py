@@ -63,7 +63,9 @@ def gallery(run: Run) -> None:
     from ecodiff.report.gallery import write_gallery
 
     config, results = _results(run)
-    seen = [path for model in config.models for path in run.glob(f"{model}/*/seen/{results.sets[0]}/*")]
+    seen = [
+        path for model in config.models for path in run.glob(f"{model}/*/seen/{results.sets[0]}/*")
+    ]
     begun = begin("report.gallery", [results.prompts, *sorted(seen)])
     write_gallery(results, run / "index.html")
     begun.write_manifest(run / "index.html", config.report.model_dump())
