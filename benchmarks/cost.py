@@ -199,7 +199,7 @@ class Costs:
         left = 1 - variant.sparsity
         device = self._weights(left) + self.config.generate.batch_size * self.sizes.latent
         disk = count * (PIXEL * call.height * call.width + self.sizes.latent)
-        shards = self._shards(self.config.evaluate.prompts)
+        shards = sum(map(self._shards, sets))
         return Job("generate", count * left * self.loop, device, disk, shards=shards)
 
     def _shards(self, prompts: str) -> int:

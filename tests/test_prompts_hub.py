@@ -76,7 +76,10 @@ def test_of_several_captions_the_first_counts(folder, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"column": "text"}, r"prompts\.column: .* has no column 'text'; there are prompt, capt"),
+        (
+            {"column": "text"},
+            r"prompts\.column: .* has no column 'text'; there are 'prompt', 'capt",
+        ),
         ({"image_column": "no"}, r"prompts\.image_column: .* has no column 'no'"),
         ({"image_column": "prompt"}, "prompt of .* holds no pictures"),
         ({"column": "number"}, "row 0: 1 is no text"),

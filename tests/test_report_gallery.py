@@ -45,7 +45,9 @@ def test_what_was_seen_of_other_prompts_is_refused(tmp_path: Path) -> None:
     table = pd.read_parquet(results.prompts)
     table["index"] += 1
     table.to_parquet(results.prompts)
-    with pytest.raises(UserError, match=r"dense/seen: is not of the prompts of .*evaluation"):
+    with pytest.raises(
+        UserError, match=r"dense/seen/evaluation: is not of the prompts of .*evaluation"
+    ):
         gallery(results)
 
 

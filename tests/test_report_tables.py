@@ -198,7 +198,8 @@ def test_a_number_that_is_missing_or_none_is_named(
 ) -> None:
     results = write_run(tmp_path, ("toy-sdxl",))
     own = file == "quality"  # a file of each variant
-    path = tmp_path / "toy-sdxl" / (variant if own else "") / f"{file}.json"
+    path = tmp_path / "toy-sdxl" / (f"{variant}/quality/evaluation" if own else file)
+    path = path.with_suffix(".json")
     found = json.loads(path.read_text())
     values = found if own else found[variant]
     if value == "missing":
@@ -206,7 +207,7 @@ def test_a_number_that_is_missing_or_none_is_named(
     else:
         values[key] = value
     path.write_text(json.dumps(found))
-    with pytest.raises(UserError, match=rf"{file}\.json: .*{error}"):
+    with pytest.raises(UserError, match=rf"{path.name}: .*{error}"):
         main_table(results)
 
 
