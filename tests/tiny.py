@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
+import tiny_more
 import torch
 from diffusers import (
     AutoencoderDC,
-    AutoencoderKL,
     AutoencoderKLQwenImage,
     AutoencoderKLWan,
     DiffusionPipeline,
@@ -33,22 +31,28 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tiny_more import SMALL
+from tiny_parts import (
+    CHANNELS,
+    WIDTH,
+    make_clip,
+    make_gemma_tokenizer,
+    make_language,
+    make_qwen_tokenizer,
+    make_t5,
+    make_unet,
+    make_vae,
+    make_video_vae,
+)
 from torch import Tensor
 from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
     CLIPTextModelWithProjection,
     Gemma2Config,
     Gemma2Model,
-    GemmaTokenizer,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
-    Qwen2Tokenizer,
     Qwen3Config,
     Qwen3Model,
-    T5Config,
-    T5EncoderModel,
     UMT5Config,
     UMT5EncoderModel,
 )
@@ -57,9 +61,8 @@ from ecodiff.calibrate import Calibration, calibrate
 from ecodiff.mask import Mask
 from ecodiff.models.pipelines import denoise, encode, fingerprint, starting_noise
 from ecodiff.models.structures import discover
-from ecodiff.toys import flux, sdxl, text, vae, world
+from ecodiff.toys import flux, sdxl, text, vae
 
-SMALL = {"num_inference_steps": 2, "height": 32, "width": 32}
 CALLS = {
     "sdxl": {"num_inference_steps": 3, "guidance_scale": 3.0, "height": 64, "width": 64},
     "flux": {"num_inference_steps": 3, "max_sequence_length": 16, "height": 64, "width": 64},
@@ -72,9 +75,8 @@ CALLS = {
     "z-image": {**SMALL, "guidance_scale": 3.0, "max_sequence_length": 40},
     "sana": {**SMALL, "guidance_scale": 3.0, "max_sequence_length": 16},
     "wan": {**SMALL, "guidance_scale": 3.0, "max_sequence_length": 16, "num_frames": 3},
+    **tiny_more.CALLS,
 }
-WIDTH = 16  # of the texts
-CHANNELS = 4  # of the latents, whose sides are a quarter of the picture's
 
 
 def tiny(family: str, seed: int = 0) -> DiffusionPipeline:
@@ -102,21 +104,23 @@ def _flux() -> FluxPipeline:
 
 
 def _sd15() -> StableDiffusionPipeline:
-    unet = _unet(cross_attention_dim=WIDTH)
+    unet = make_unet(cross_attention_dim=WIDTH)
     scheduler = PNDMScheduler(skip_prk_steps=True, steps_offset=1)
     return _stable_diffusion(unet, scheduler)
 
 
 def _sd2() -> StableDiffusionPipeline:
-    unet = _unet(cross_attention_dim=WIDTH, use_linear_projection=True, attention_head_dim=(2, 4))
+    unet = make_unet(
+        cross_attention_dim=WIDTH, use_linear_projection=True, attention_head_dim=(2, 4)
+    )
     scheduler = EulerDiscreteScheduler(prediction_type="v_prediction", steps_offset=1)
     return _stable_diffusion(unet, scheduler)
 
 
 def _stable_diffusion(unet: UNet2DConditionModel, scheduler: object) -> StableDiffusionPipeline:
-    tokenizer, encoder = _clip()
+    tokenizer, encoder = make_clip()
     return StableDiffusionPipeline(
-        vae=_vae(),
+        vae=make_vae(),
         text_encoder=encoder,
         tokenizer=tokenizer,
         unet=unet,
@@ -128,7 +132,7 @@ def _stable_diffusion(unet: UNet2DConditionModel, scheduler: object) -> StableDi
 
 
 def _lcm() -> StableDiffusionXLPipeline:
-    unet = _unet(
+    unet = make_unet(
         cross_attention_dim=2 * WIDTH,
         use_linear_projection=True,
         addition_embed_type="text_time",
@@ -136,10 +140,10 @@ def _lcm() -> StableDiffusionXLPipeline:
         projection_class_embeddings_input_dim=6 * 4 + WIDTH,
         time_cond_proj_dim=8,
     )
-    tokenizer, encoder = _clip()
-    tokenizer_2, encoder_2 = _clip(CLIPTextModelWithProjection)
+    tokenizer, encoder = make_clip()
+    tokenizer_2, encoder_2 = make_clip(CLIPTextModelWithProjection)
     return StableDiffusionXLPipeline(
-        vae=_vae(),
+        vae=make_vae(),
         text_encoder=encoder,
         text_encoder_2=encoder_2,
         tokenizer=tokenizer,
@@ -164,14 +168,16 @@ def _sd3() -> StableDiffusion3Pipeline:
         dual_attention_layers=(0,),
         qk_norm="rms_norm",
     )
-    (first, encoder), (second, encoder_2) = (_clip(CLIPTextModelWithProjection) for _ in range(2))
+    (first, encoder), (second, encoder_2) = (
+        make_clip(CLIPTextModelWithProjection) for _ in range(2)
+    )
     return StableDiffusion3Pipeline(
-        vae=_vae(shift_factor=0.1),
+        vae=make_vae(shift_factor=0.1),
         text_encoder=encoder,
         tokenizer=first,
         text_encoder_2=encoder_2,
         tokenizer_2=second,
-        text_encoder_3=_t5(2 * WIDTH),
+        text_encoder_3=make_t5(2 * WIDTH),
         tokenizer_3=text.t5_tokenizer(),
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
@@ -191,8 +197,8 @@ def _pixart() -> PixArtSigmaPipeline:
         use_additional_conditions=False,
     )
     return PixArtSigmaPipeline(
-        vae=_vae(),
-        text_encoder=_t5(WIDTH),
+        vae=make_vae(),
+        text_encoder=make_t5(WIDTH),
         tokenizer=text.t5_tokenizer(),
         transformer=transformer,
         scheduler=DPMSolverMultistepScheduler(beta_end=0.002),
@@ -200,8 +206,8 @@ def _pixart() -> PixArtSigmaPipeline:
 
 
 def _qwen() -> QwenImagePipeline:
-    tokenizer = _qwen_tokenizer()
-    language = _language(tokenizer)
+    tokenizer = make_qwen_tokenizer()
+    language = make_language(tokenizer)
     language["rope_parameters"] = {"rope_type": "default", "mrope_section": [2, 1, 1]}
     eyes = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2}
     config = Qwen2_5_VLConfig(
@@ -218,7 +224,7 @@ def _qwen() -> QwenImagePipeline:
     )
     return QwenImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-        vae=AutoencoderKLQwenImage(**_video_vae()),
+        vae=AutoencoderKLQwenImage(**make_video_vae()),
         text_encoder=Qwen2_5_VLForConditionalGeneration(config),
         tokenizer=tokenizer,
         transformer=transformer,
@@ -226,7 +232,7 @@ def _qwen() -> QwenImagePipeline:
 
 
 def _z_image() -> ZImagePipeline:
-    tokenizer = _qwen_tokenizer()
+    tokenizer = make_qwen_tokenizer()
     tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
     transformer = ZImageTransformer2DModel(
         in_channels=CHANNELS,
@@ -241,15 +247,15 @@ def _z_image() -> ZImagePipeline:
     )
     return ZImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=_vae(shift_factor=0.1),
-        text_encoder=Qwen3Model(Qwen3Config(**_language(tokenizer), head_dim=8)),
+        vae=make_vae(shift_factor=0.1),
+        text_encoder=Qwen3Model(Qwen3Config(**make_language(tokenizer), head_dim=8)),
         tokenizer=tokenizer,
         transformer=transformer,
     )
 
 
 def _sana() -> SanaPipeline:
-    tokenizer = _gemma_tokenizer()
+    tokenizer = make_gemma_tokenizer()
     transformer = SanaTransformer2DModel(
         in_channels=CHANNELS,
         out_channels=CHANNELS,
@@ -265,7 +271,7 @@ def _sana() -> SanaPipeline:
     blocks = {"block_out_channels": (4, 8, 8), "layers_per_block": (1, 1, 1)}
     blocks["qkv_multiscales"] = ((), (), ())
     sides = {f"{side}_{k}": v for side in ("encoder", "decoder") for k, v in blocks.items()}
-    config = Gemma2Config(**_language(tokenizer), head_dim=8)
+    config = Gemma2Config(**make_language(tokenizer), head_dim=8)
     return SanaPipeline(
         tokenizer=tokenizer,
         text_encoder=Gemma2Model(config),
@@ -295,7 +301,7 @@ def _wan() -> WanPipeline:
     return WanPipeline(
         tokenizer=tokenizer,
         text_encoder=UMT5EncoderModel(config),
-        vae=AutoencoderKLWan(**_video_vae(), scale_factor_temporal=2, scale_factor_spatial=4),
+        vae=AutoencoderKLWan(**make_video_vae(), scale_factor_temporal=2, scale_factor_spatial=4),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         transformer=transformer,
     )
@@ -313,115 +319,8 @@ _BUILDERS = {
     "z-image": _z_image,
     "sana": _sana,
     "wan": _wan,
+    **tiny_more.BUILDERS,
 }
-
-
-def _unet(**config: object) -> UNet2DConditionModel:
-    """Attention on the upper level and in the middle."""
-    defaults = {"attention_head_dim": 2, "layers_per_block": 1, "norm_num_groups": 4}
-    return UNet2DConditionModel(
-        sample_size=8,
-        in_channels=CHANNELS,
-        out_channels=CHANNELS,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        block_out_channels=(8, 16),
-        **{**defaults, **config},
-    )
-
-
-def _vae(**config: object) -> AutoencoderKL:
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(4, 4, 4),
-        latent_channels=CHANNELS,
-        norm_num_groups=2,
-        scaling_factor=0.5,
-        force_upcast=False,
-        **config,
-    )
-
-
-def _video_vae() -> dict[str, object]:
-    return {
-        "base_dim": 4,
-        "z_dim": CHANNELS,
-        "dim_mult": [1, 2, 2],
-        "num_res_blocks": 1,
-        "temperal_downsample": [False, True],
-        "latents_mean": [0.25, -0.5, 0.0, 1.0],
-        "latents_std": [2.0, 0.5, 1.0, 1.5],
-    }
-
-
-def _clip(kind: type = CLIPTextModel):
-    tokenizer = text.clip_tokenizer()
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=WIDTH,
-        intermediate_size=WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        projection_dim=WIDTH,
-        max_position_embeddings=text.MAX_TOKENS,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return tokenizer, kind(config)
-
-
-def _t5(width: int) -> T5EncoderModel:
-    words = len(text.t5_tokenizer())
-    config = T5Config(vocab_size=words, d_model=width, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-    return T5EncoderModel(config)
-
-
-def _language(tokenizer: object) -> dict[str, object]:
-    """The config of a small decoder of text."""
-    return {
-        "vocab_size": len(tokenizer),
-        "hidden_size": WIDTH,
-        "intermediate_size": WIDTH,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "bos_token_id": None,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-
-
-def _qwen_tokenizer() -> Qwen2Tokenizer:
-    """Bytes, merged to the world's words and to those of Qwen-Image's system prompt."""
-    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    system = (
-        "system Describe the image by detailing the color, shape, size, texture, quantity,"
-        " text, spatial relationships of the objects and background: user assistant"
-    )
-    vocab, merges = _byte_pairs(
-        [system, *(f" {word}" for word in world.vocabulary())],
-        bytes_,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=bytes_.alphabet(),
-    )
-    return Qwen2Tokenizer(vocab=vocab, merges=merges)
-
-
-def _gemma_tokenizer() -> GemmaTokenizer:
-    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
-    words = [" ".join(world.vocabulary())]
-    vocab, merges = _byte_pairs(words, pre_tokenizers.Metaspace(), special_tokens=special)
-    return GemmaTokenizer(vocab=vocab, merges=merges)
-
-
-def _byte_pairs(lines: list[str], splits: object, **options: object):
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = splits
-    bpe.train_from_iterator(lines, trainers.BpeTrainer(show_progress=False, **options))
-    learned = json.loads(bpe.to_str())["model"]
-    return learned["vocab"], [tuple(merge) for merge in learned["merges"]]
 
 
 def _awake(pipe: DiffusionPipeline) -> DiffusionPipeline:

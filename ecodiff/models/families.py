@@ -29,6 +29,11 @@ def _trimmed(name: str, texts: Tensor, mask: Tensor) -> dict[str, Any]:
     return {name: texts[:, :longest], f"{name}_mask": mask[:, :longest]}
 
 
+def _masked(name: str, texts: Tensor, mask: Tensor) -> dict[str, Any]:
+    """Texts with their mask, which AuraFlow asks for and does not use."""
+    return {name: texts, f"{name.removesuffix('embeds')}attention_mask": mask}
+
+
 def _listed(name: str, texts: Tensor, mask: Tensor) -> dict[str, Any]:
     """Texts as a list of tensors (tokens, C), each without its padding."""
     return {name: [text[valid] for text, valid in zip(texts, mask, strict=True)]}
@@ -39,7 +44,8 @@ class Family:
     """How the pipelines of one class are called.
 
     Attributes:
-        embeds: names of the call's arguments for the values that `encode_prompt` returns, in order.
+        embeds: names of the call's arguments for the values that `encode_prompt` returns, in order;
+            "" for one that the call makes itself.
         guidance: the call's argument for the scale of classifier-free guidance.
         threshold: guidance is on when the scale is above this.
         negative: default prompt of the unconditional branch; None: `encode_prompt` encodes it.
@@ -74,18 +80,32 @@ _MASKED += tuple(f"negative_{name}" for name in _MASKED)
 # Binning would change the height and width that were asked for; and the call refuses a negative
 # prompt (its default is an empty one) together with negative embeddings.
 _UNBINNED = {"use_resolution_binning": False, "negative_prompt": None}
+_FLUX = Family(
+    ("prompt_embeds", "pooled_prompt_embeds"),
+    guidance="true_cfg_scale",
+    negative="",
+    takes_turns=True,
+    cell=2,
+    is_packed=True,
+)
 
 FAMILIES = {
     "StableDiffusionPipeline": Family(),
     "StableDiffusionXLPipeline": Family((*Family.embeds, *_POOLED), upcasts=True),
     "StableDiffusion3Pipeline": Family((*Family.embeds, *_POOLED), cell=2),
-    "FluxPipeline": Family(
-        ("prompt_embeds", "pooled_prompt_embeds"),
-        guidance="true_cfg_scale",
-        negative="",
+    "FluxPipeline": _FLUX,
+    "FluxKontextPipeline": _FLUX,
+    "ChromaPipeline": Family(
+        (*_MASKED[:1], "", *_MASKED[1:3], "", *_MASKED[3:]),
         takes_turns=True,
         cell=2,
         is_packed=True,
+    ),
+    "OvisImagePipeline": Family(
+        takes_turns=True, cell=2, is_packed=True, fixed={"negative_prompt": None}
+    ),
+    "AuraFlowPipeline": Family(
+        ("prompt_embeds", "", "negative_prompt_embeds"), cell=2, upcasts=True, texts=_masked
     ),
     "PixArtSigmaPipeline": Family(_MASKED, cell=2, fixed=_UNBINNED),
     "QwenImagePipeline": Family(
@@ -155,6 +175,9 @@ def arguments(pipe: DiffusionPipeline, embeds: Mapping[str, Tensor], call: Call)
         laid_out = {}
         for name in _texts(embeds):
             laid_out |= family.texts(name, embeds[name], embeds[f"{name}_mask"])
+    if "max_area" in _defaults(pipe):  # Kontext would change the sides to have that area
+        height, width = size(pipe, call)
+        given["max_area"] = height * width
     return {**family.fixed, **given, **laid_out}
 
 
@@ -260,7 +283,7 @@ def _encoded(pipe: DiffusionPipeline, prompts: Sequence[str], call: Call) -> dic
         given["do_classifier_free_guidance"] = is_guided(pipe, call)
     values = zip(family_of(pipe).embeds, pipe.encode_prompt(**given), strict=False)
     # Without guidance, the negative embeddings are None or empty.
-    return {name: value for name, value in values if value is not None and len(value)}
+    return {name: value for name, value in values if name and value is not None and len(value)}
 
 
 def _texts(embeds: Mapping[str, Any]) -> list[str]:
