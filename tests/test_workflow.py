@@ -97,6 +97,8 @@ def test_every_job_has_a_log_and_a_benchmark(demo):
 def test_the_paper_is_planned_without_its_data(tmp_path, profile):
     words = ("--workflow-profile", ROOT / "profiles" / profile)
     data = tmp_path / "resources/data"
+    data.parent.mkdir()
+    shutil.copy(ROOT / "resources/published.csv", data.parent)
     config = ROOT / "config/paper.yaml"
     counts, text = planned(tmp_path, config, *words)
     assert not data.exists()
@@ -111,6 +113,7 @@ def test_each_try_asks_for_more_memory_and_time_and_gpus_where_they_are_used(tmp
     config["models"]["sdxl"]["resources"] = {"gpu": 4, "mem_mb": 100, "runtime": 10}
     config["variants"] = [{"method": "ecodiff", "sparsities": [0.2]}]
     config["evaluate"] |= {"efficiency": {}, "mask_cost": None}
+    config["report"]["published"] = None
     (tmp_path / "paper.yaml").write_text(yaml.safe_dump(config))
     words = ("--workflow-profile", ROOT / "profiles/slurm", "--attempt", attempt)
     _, text = planned(tmp_path, tmp_path / "paper.yaml", *words)
