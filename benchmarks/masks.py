@@ -94,22 +94,29 @@ def learned(
 
 def judged(pipe: DiffusionPipeline, mask: Mask, grams: Grams, record: Calibration) -> list[str]:
     """Mean / median (10^-3) of the relative latent error at each sparsity, pruned."""
-    row, dense = [], record.z0.double()
+    row = []
     structures = discover(pipe, modulation_of(mask.scores))
     most = maskable_share(structures, count_parameters(denoiser_of(pipe)))
     for sparsity in SPARSITIES:
         if sparsity > most - 0.01:  # all masks would be one
             row.append("")
             continue
-        pruned = _copy(pipe)
+        pruned = copy_of(pipe)
         ecodiff.prune(pruned, mask.at(pipe, sparsity), grams)
-        error = (record.drawn_by(pruned, BATCH).double() - dense).square().flatten(1).mean(1)
-        error /= dense.var(correction=0)
+        error = errors(pruned, record)
         row.append(f"{error.mean():.4f} / {1e3 * error.quantile(0.5):.2f}")
     return row
 
 
-def _copy(pipe: DiffusionPipeline) -> DiffusionPipeline:
+def errors(pruned: DiffusionPipeline, record: Calibration) -> Tensor:
+    """The relative latent error of each prompt of a dense model's record, float64."""
+    dense = record.z0.double()
+    error = (record.drawn_by(pruned, BATCH).double() - dense).square().flatten(1).mean(1)
+    return error / dense.var(correction=0)
+
+
+def copy_of(pipe: DiffusionPipeline) -> DiffusionPipeline:
+    """The pipeline with a denoiser of its own."""
     denoiser = denoiser_of(pipe)
     name = next(n for n, part in pipe.components.items() if part is denoiser)
     again = type(pipe)(**{**pipe.components, name: copy.deepcopy(denoiser)})
