@@ -8,11 +8,11 @@ import torch
 from ecodiff.config.sections import MaskSettings
 from ecodiff.mask.learner import optimiser_of
 from ecodiff.mask.objective import Budget, Penalty, distortion, expected_sparsity
-from ecodiff.models.structures import Structure
+from ecodiff.models.units import Port, Structure
 from ecodiff.trajectory.gates import Gates, sample_gate
 
-HEADS = Structure("a.heads", "heads", 2, 4, (), (), unit_parameters=10)
-MODULATION = Structure("b.modulation", "modulation", 3, 1, (), (), unit_parameters=5)
+HEADS = Structure("a.heads", "heads", 2, (), (Port("out", width=4),), unit_parameters=10)
+MODULATION = Structure("b.modulation", "modulation", 3, (), (), unit_parameters=5)
 
 
 def test_distortion_is_the_relative_mean_square():
@@ -91,7 +91,7 @@ def test_the_budget_lands_by_itself_and_removes_what_matters_least(sparsity, ite
     """Units of known importance stand in for a model: their distortion is known in closed form."""
     generator = torch.Generator().manual_seed(0)
     importance = torch.exp(2 * torch.randn(600, generator=generator))
-    structure = Structure("a.neurons", "neurons", 600, 1, (), (), unit_parameters=1)
+    structure = Structure("a.neurons", "neurons", 600, (), (), unit_parameters=1)
     settings = MaskSettings(iterations=iterations)
     gates = Gates([structure], 3.0, settings.noise_floor)
     logits = gates.logits["a.neurons"]

@@ -12,7 +12,8 @@ from torch.nn import functional
 from ecodiff.calibrate import calibrate
 from ecodiff.calibrate.grams import Grams, gather_grams
 from ecodiff.mask import make_mask, peers
-from ecodiff.models.structures import Port, Structure, denoiser_of, discover
+from ecodiff.models.structures import denoiser_of, discover
+from ecodiff.models.units import Port, Structure
 from ecodiff.prune.compensate import solve
 from ecodiff.trajectory.denoising_loss import conditioned, objective
 
@@ -57,7 +58,7 @@ def layer_of_stand_ins():
 def test_obs_scores_neurons_by_the_error_that_is_left_once_the_rest_is_solved_again(monkeypatch):
     monkeypatch.setattr(peers, "DAMP", 1e-9)
     model, weight, x = layer_of_stand_ins()
-    neurons = Structure("a.neurons", "neurons", 8, 1, (), (Port("out"),), 5)
+    neurons = Structure("a.neurons", "neurons", 8, (), (Port("out"),), 5)
     found = peers.obs(model, [neurons], grams_of("out", x @ x.T))["a.neurons"]
     errors = errors_without(weight, x, [[c] for c in range(8)])
     torch.testing.assert_close(found.double(), torch.tensor(errors).double(), rtol=1e-4, atol=0)
@@ -66,7 +67,7 @@ def test_obs_scores_neurons_by_the_error_that_is_left_once_the_rest_is_solved_ag
 def test_obs_removes_heads_one_by_one_and_scores_the_others_again(monkeypatch):
     monkeypatch.setattr(peers, "DAMP", 1e-9)
     model, weight, x = layer_of_stand_ins()
-    heads = Structure("a.heads", "heads", 4, 2, (), (Port("out"),), 10)
+    heads = Structure("a.heads", "heads", 4, (), (Port("out", width=2),), 10)
     found = peers.obs(model, [heads], grams_of("out", x @ x.T))["a.heads"]
     gone, order = [], []
     for _ in range(3):  # the head whose loss, after those that are gone, costs least

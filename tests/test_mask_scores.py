@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from ecodiff.mask import scores
-from ecodiff.models.structures import Port, Structure
+from ecodiff.models.units import Port, Structure
 
 
 class Pair(nn.Module):
@@ -18,7 +18,7 @@ class Pair(nn.Module):
         self.down.weight.data = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 2.0]])
 
 
-PAIR = Structure("pair.neurons", "neurons", 2, 1, (Port("up", (0, 2)),), (Port("down"),), 7)
+PAIR = Structure("pair.neurons", "neurons", 2, (Port("up", (0, 2)),), (Port("down"),), 7)
 
 
 def test_magnitude_is_the_root_mean_square_of_a_units_weights():
@@ -29,7 +29,7 @@ def test_magnitude_is_the_root_mean_square_of_a_units_weights():
 
 
 def test_magnitude_takes_all_rows_of_a_wide_unit():
-    head = Structure("pair.heads", "heads", 2, 2, (Port("up"),), (), 4)
+    head = Structure("pair.heads", "heads", 2, (Port("up", width=2),), (), 4)
     found = scores.magnitude(Pair(), [head])["pair.heads"]
     torch.testing.assert_close(found, torch.tensor([5 / 2, 25 / 2]).sqrt())
 
@@ -47,6 +47,6 @@ def test_random_scores_follow_their_seed():
 
 @pytest.mark.parametrize("seed", [0, 7])
 def test_random_scores_differ_between_equal_structures(seed):
-    twin = Structure("twin.neurons", "neurons", 2, 1, (), (), 7)
+    twin = Structure("twin.neurons", "neurons", 2, (), (), 7)
     found = scores.random([PAIR, twin], seed)
     assert not torch.equal(found["pair.neurons"], found["twin.neurons"])

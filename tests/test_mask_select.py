@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from ecodiff.mask.select import removed_share, select
-from ecodiff.models.structures import Structure
+from ecodiff.models.units import Port, Structure
 from ecodiff.runtime.errors import UserError
 
-HEADS = Structure("a.heads", "heads", 3, 4, (), (), unit_parameters=10)
-NEURONS = Structure("b.neurons", "neurons", 4, 1, (), (), unit_parameters=3)
+HEADS = Structure("a.heads", "heads", 3, (), (Port("out", width=4),), unit_parameters=10)
+NEURONS = Structure("b.neurons", "neurons", 4, (), (), unit_parameters=3)
 BOTH = [HEADS, NEURONS]  # 42 of 100 parameters are maskable
 SCORES = {"a.heads": torch.tensor([0.5, 0.1, 0.9]), "b.neurons": torch.tensor([0.2, 0.0, 0.6, 0.3])}
 
@@ -55,7 +55,7 @@ def test_overshoot_is_less_than_the_last_unit():
 
 def test_rounding_does_not_ask_for_another_unit():
     """0.28 * 75 is a little more than 21 in floating point; seven units of three are 21."""
-    ten = Structure("c.neurons", "neurons", 10, 1, (), (), unit_parameters=3)
+    ten = Structure("c.neurons", "neurons", 10, (), (), unit_parameters=3)
     found = select([ten], {"c.neurons": torch.arange(10.0)}, 0.28, 75)
     assert int((~found["c.neurons"]).sum()) == 7
 
@@ -100,7 +100,7 @@ def test_ties_go_in_order_and_scores_are_not_clamped():
 
 def aligned(units, sparsity, align=4, **options):
     """Which neurons stay of one FFN with rising scores, and three heads that score above them."""
-    ffn = Structure("f.neurons", "neurons", units, 1, (), (), unit_parameters=1)
+    ffn = Structure("f.neurons", "neurons", units, (), (), unit_parameters=1)
     scores = {"f.neurons": torch.arange(float(units)), "a.heads": torch.full((3,), 100.0)}
     found = select([ffn, HEADS], scores, sparsity, 100, align=align, **options)
     return int(found["f.neurons"].sum()), int(found["a.heads"].sum())
@@ -130,7 +130,7 @@ def test_an_aligned_floor_is_rounded_up():
 
 
 def test_aligned_neurons_are_ranked_by_their_mean():
-    a, b = (Structure(f"{n}.neurons", "neurons", 2, 1, (), (), unit_parameters=1) for n in "ab")
+    a, b = (Structure(f"{n}.neurons", "neurons", 2, (), (), unit_parameters=1) for n in "ab")
     scores = {"a.neurons": torch.tensor([0.0, 9.0]), "b.neurons": torch.tensor([2.0, 3.0])}
     found = select([a, b], scores, 0.2, 10, align=2)
     assert found["a.neurons"].tolist() == [True, True]
@@ -139,8 +139,8 @@ def test_aligned_neurons_are_ranked_by_their_mean():
 
 def test_aligned_heads_leave_a_multiple_of_columns():
     """Heads of four columns go in pairs for a multiple of eight, once their number is even."""
-    six = Structure("s.heads", "heads", 6, 4, (), (), unit_parameters=10)
-    odd = Structure("o.heads", "heads", 3, 4, (), (), unit_parameters=10)
+    six = Structure("s.heads", "heads", 6, (), (Port("out", width=4),), unit_parameters=10)
+    odd = Structure("o.heads", "heads", 3, (), (Port("out", width=4),), unit_parameters=10)
     scores = {"s.heads": torch.arange(6.0), "o.heads": torch.arange(3.0) + 100}
 
     def left(sparsity):
@@ -207,7 +207,7 @@ def test_a_structure_without_scores_is_named():
         kept(0.1, {"a.heads": SCORES["a.heads"]})
 
 
-DIRECTIONS = Structure("d", "modulation", 4, 1, (), (), 12, "d", overhead=16)  # 4 in, 8 out
+DIRECTIONS = Structure("d", "modulation", 4, (), (), 12, "d", overhead=16)  # 4 in, 8 out
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_directions_go_from_as_many_on_as_pay(sparsity, gone):
 
 def test_directions_of_one_score_go_together_before_any_alone():
     """The float32 mean of equal scores can be above them."""
-    many = Structure("d", "modulation", 96, 1, (), (), 384, "d", overhead=9216)
+    many = Structure("d", "modulation", 96, (), (), 384, "d", overhead=9216)
     scores = {"d": torch.full((96,), 2.8447746444726363e-05)}
     kept = select([many], scores, 1e-5, 30_000)["d"]
     assert (~kept).sum() == 25

@@ -17,7 +17,8 @@ from ecodiff.mask.sensitivity import (
     sensitivity,
     squared_gradients,
 )
-from ecodiff.models.structures import Structure, count_parameters, denoiser_of, discover
+from ecodiff.models.structures import count_parameters, denoiser_of, discover
+from ecodiff.models.units import Structure
 from ecodiff.runtime.errors import UserError
 from ecodiff.runtime.state import State
 from ecodiff.trajectory.directions import bases_of
@@ -25,7 +26,7 @@ from ecodiff.trajectory.gates import Gates
 
 
 def units(name, count, size, kind="neurons"):
-    return Structure(name, kind, count, 1, (), (), unit_parameters=size)
+    return Structure(name, kind, count, (), (), unit_parameters=size)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +97,7 @@ def test_a_cost_is_the_sensitivity_over_the_share_of_the_parameters():
 def directions(inputs, outputs):
     """Units of a linear's input; two linears of full rank have inputs^2 more weights than it."""
     size, overhead = inputs + outputs, inputs**2
-    return Structure("d", "modulation", inputs, 1, (), (), size, "d", overhead)
+    return Structure("d", "modulation", inputs, (), (), size, "d", overhead)
 
 
 def test_directions_that_go_together_share_a_cost_and_as_many_as_make_it_lowest():

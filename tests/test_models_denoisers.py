@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ecodiff.models.pruned import pruned_class
-from ecodiff.models.structures import Structure, discover, modulation_linears
+from ecodiff.models.structures import discover, modulation_linears
+from ecodiff.models.units import Structure
 from ecodiff.prune.narrow import narrow
 from ecodiff.runtime.errors import UserError
 from ecodiff.trajectory.gates import Gates
@@ -38,6 +39,14 @@ FREQUENCIES = {"max_size": (4, 32, 32), "patch_size": (1, 2, 2), "text_embed_dim
 CLASSES = {"norm_type": "ada_norm_zero", "num_embeds_ada_norm": 8, "sample_size": 8}
 TOKENS = {"in_channels": 4, "num_layers": 1, "joint_attention_dim": 8, "axes_dims_rope": (2, 2, 4)}
 PLACES = {"img_ids": draw(16, 3), "txt_ids": draw(5, 3)}
+
+TWO_IDS = {"img_ids": draw(16, 4), "txt_ids": draw(5, 4)}
+GROUPS = {
+    "num_attention_heads": 6,
+    "num_kv_heads": 2,
+    "hidden_size": 48,
+    "axes_dim_rope": (4, 2, 2),
+}
 
 # Class: config, call.
 UNDERSTOOD: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -69,6 +78,24 @@ UNDERSTOOD: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "DiTTransformer2DModel": (
         PLANE | CLASSES | heads(3, 4),
         PICTURE | STEP | {"class_labels": torch.tensor([3])},
+    ),
+    "Flux2Transformer2DModel": (
+        {"in_channels": 4, "num_layers": 1, "num_single_layers": 2, "joint_attention_dim": 8}
+        | {"timestep_guidance_channels": 16, "axes_dims_rope": (2, 2, 2, 2)}
+        | heads(3, 8),
+        {"hidden_states": draw(1, 16, 4), "guidance": torch.ones(1)}
+        | TEXT
+        | {"timestep": torch.tensor([0.3])}
+        | TWO_IDS,
+    ),
+    "Lumina2Transformer2DModel": (
+        {"in_channels": 4, "num_layers": 1, "num_refiner_layers": 1, "cap_feat_dim": 8}
+        | {"multiple_of": 4, "axes_lens": (16, 16, 16)}
+        | GROUPS,
+        PICTURE
+        | TEXT
+        | {"timestep": torch.tensor([0.3])}
+        | {"encoder_attention_mask": torch.ones(1, 5, dtype=torch.bool)},
     ),
     "GlmImageTransformer2DModel": (
         PLANE | TEXTS | heads(3, 8) | {"condition_dim": 8, "prior_vq_quantizer_codebook_size": 9},
@@ -128,8 +155,8 @@ def test_a_pruned_denoiser_that_was_read_back_equals_the_masked_one(name, kept):
     torch.testing.assert_close(pruned, masked, rtol=0, atol=2e-5 * float(masked.abs().max()))
 
 
-def test_a_denoiser_whose_modulation_alone_is_understood_is_refused():
-    config = {"in_channels": 4, "patch_size": 2, "context_in_dim": 8, "hidden_size": 16}
-    config |= {"num_heads": 2, "depth": 1, "axes_dim": [4, 4]}
-    with pytest.raises(UserError, match=r"blocks\.0\.attention\.img_qkv_proj"):
-        discover(diffusers.PRXTransformer2DModel(**config))
+def test_a_denoiser_that_is_understood_in_part_is_refused():
+    config = {"in_channels": 4, "num_layers": 2, "joint_attention_dim": 8, "mlp_ratio": 2}
+    config |= {"axes_dims_rope": [2, 2, 4]} | heads(2, 8)
+    with pytest.raises(UserError, match=r"transformer_blocks\.0\.encoder_proj"):
+        discover(diffusers.NucleusMoEImageTransformer2DModel(**config))

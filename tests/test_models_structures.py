@@ -17,14 +17,8 @@ from diffusers.models.transformers.transformer_flux import FluxSingleTransformer
 from tiny import tiny
 from torch import nn
 
-from ecodiff.models.structures import (
-    Port,
-    Structure,
-    count_parameters,
-    denoiser_of,
-    discover,
-    maskable_share,
-)
+from ecodiff.models.structures import count_parameters, denoiser_of, discover, maskable_share
+from ecodiff.models.units import Port, Structure
 from ecodiff.runtime.errors import UserError
 
 
@@ -102,12 +96,27 @@ def test_head_parameters_are_those_of_an_attention_one_narrower(extra):
     assert heads.unit_parameters == count_parameters(build(3)) - count_parameters(build(2))
 
 
+def test_query_heads_go_with_the_key_that_they_share():
+    heads = only(in_block(attn=Attention(6, heads=6, kv_heads=2, dim_head=4)))
+    assert (heads.units, [port.width for port in heads.producers]) == (2, [12, 4, 4])
+    assert heads.consumers == (Port("block.attn.to_out.0", (0,), 12),)
+
+
+def test_one_linear_may_give_queries_keys_and_values_as_blocks_of_rows():
+    attention = nn.Module()
+    attention.heads, attention.to_qkv = 3, nn.Linear(5, 18)
+    attention.to_out = nn.Linear(6, 5)
+    heads = only(in_block(attn=attention))
+    assert heads.producers == (Port("block.attn.to_qkv", (0, 6, 12), 2),)
+    assert heads.unit_parameters == 6 * (5 + 1) + 2 * 5
+
+
 def test_joint_attention_shares_its_heads_between_both_streams():
     attention = Attention(6, heads=2, dim_head=4, added_kv_proj_dim=6, context_pre_only=False)
     heads = only(in_block(attn=attention))
     names = [p.module.removeprefix("block.attn.") for p in (*heads.producers, *heads.consumers)]
     assert names == [
-        *("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"),
+        *("to_q", "to_k", "to_v", "add_k_proj", "add_v_proj", "add_q_proj"),
         *("to_out.0", "to_add_out"),
     ]
 
@@ -123,7 +132,7 @@ def test_modulation_loses_rows_of_its_weight_only():
 def test_parallel_block_packs_heads_before_neurons():
     block = FluxSingleTransformerBlock(dim=12, num_attention_heads=3, attention_head_dim=4)
     neurons, _, heads = discover(nn.ModuleDict({"block": block}))
-    assert heads.consumers == (Port("block.proj_out", (0,)),)
+    assert heads.consumers == (Port("block.proj_out", (0,), 4),)
     assert neurons.consumers == (Port("block.proj_out", (12,)),)
     assert heads.unit_parameters == 4 * (3 * (12 + 1) + 12)
     assert neurons.unit_parameters == (12 + 1) + 12
@@ -156,13 +165,13 @@ def _gone(structure: Structure, port: Port, kept: torch.Tensor) -> torch.Tensor:
 
 def test_columns_keep_the_order_of_packed_halves():
     port = Port("net.0.proj", (0, 10))
-    structure = Structure("ff.neurons", "neurons", 10, 1, (port,), (), 1)
+    structure = Structure("ff.neurons", "neurons", 10, (port,), (), 1)
     assert structure.columns(port, torch.tensor([3, 1])).tolist() == [3, 1, 13, 11]
 
 
 def test_columns_span_the_head_dimension_behind_the_offset():
-    port = Port("proj_out", (100,))
-    structure = Structure("attn.heads", "heads", 4, 3, (), (port,), 1)
+    port = Port("proj_out", (100,), 3)
+    structure = Structure("attn.heads", "heads", 4, (), (port,), 1)
     assert structure.columns(port, torch.tensor([0, 2])).tolist() == [100, 101, 102, 106, 107, 108]
 
 
@@ -192,6 +201,12 @@ def test_classes_do_not_matter_only_linears_do():
     assert only(in_block(attn=attention)).unit_parameters == 3 * (3 * 6 + 5)
 
 
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up_proj = nn.Parameter(torch.zeros(4, 6, 12))
+
+
 def fused() -> nn.Module:
     attention = Attention(6, heads=2, dim_head=4)
     attention.to_qkv = nn.Linear(6, 24)
@@ -212,9 +227,17 @@ UNFIT = {
         ),
         "block.attn.to_q",
     ),
-    "fewer key heads": (
-        lambda: in_block(attn=Attention(6, heads=4, kv_heads=2, dim_head=4)),
+    "keys of no whole group": (
+        lambda: in_block(attn=Attention(6, heads=4, kv_heads=3, dim_head=4)),
         "block.attn.to_k",
+    ),
+    "a linear whose name has the letters emb": (
+        lambda: in_block(attn=Attention(6, heads=2, dim_head=4), member_proj=nn.Linear(6, 6)),
+        "block.member_proj",
+    ),
+    "experts in one tensor": (
+        lambda: in_block(attn=Attention(6, heads=2, dim_head=4), experts=Experts()),
+        "block.experts",
     ),
     "unknown linear": (
         lambda: in_block(attn=Attention(6, heads=2, dim_head=4), router=nn.Linear(6, 2)),

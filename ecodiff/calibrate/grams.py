@@ -20,7 +20,8 @@ from ecodiff.calibrate import Calibration, built, popped, read, rows_of, watched
 from ecodiff.models.calls import why_not_finite
 from ecodiff.models.families import Call, runs_per_step
 from ecodiff.models.pipelines import check_fingerprint, fingerprint
-from ecodiff.models.structures import Structure, denoiser_of, discover
+from ecodiff.models.structures import denoiser_of, discover
+from ecodiff.models.units import Structure
 from ecodiff.runtime.artifacts import atomic
 from ecodiff.runtime.code import code_hash
 from ecodiff.runtime.devices import free_memory

@@ -28,13 +28,13 @@ from ecodiff.mask.sensitivity import closed_means
 from ecodiff.models.identity import OLD, same_denoiser
 from ecodiff.models.pipelines import check_fingerprint, fingerprint
 from ecodiff.models.structures import (
-    Structure,
     count_parameters,
     denoiser_of,
     discover,
     maskable_share,
     modulation_of,
 )
+from ecodiff.models.units import Structure
 from ecodiff.runtime.artifacts import atomic
 from ecodiff.runtime.errors import UserError
 from ecodiff.trajectory.directions import bases_of, tied, untied

@@ -23,8 +23,9 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from ecodiff.calibrate import Calibration
-from ecodiff.models.pruned import set_heads, take
-from ecodiff.models.structures import Port, Structure, denoiser_of
+from ecodiff.models.pruned import heads_of, set_heads, take, tell_widths
+from ecodiff.models.structures import denoiser_of
+from ecodiff.models.units import Port, Structure, lines_left
 from ecodiff.runtime.timing import now, seconds
 
 ROUNDS = 25
@@ -115,7 +116,7 @@ def _inside(structure: Structure, layer: str) -> Structure:
     """The structure with names as the layer knows them."""
 
     def renamed(ports: Sequence[Port]) -> tuple[Port, ...]:
-        return tuple(Port(p.module.removeprefix(f"{layer}."), p.offsets) for p in ports)
+        return tuple(replace(p, module=p.module.removeprefix(f"{layer}.")) for p in ports)
 
     name = structure.name.removeprefix(layer).removeprefix(".")
     producers, consumers = renamed(structure.producers), renamed(structure.consumers)
@@ -137,17 +138,15 @@ def _saved(layer: nn.Module, structure: Structure, read: Read, device: torch.dev
 
 def _halved(layer: nn.Module, structure: Structure) -> nn.Module:
     """A copy of a layer with the first half of a structure's units."""
-    half, left = copy.deepcopy(layer), torch.arange(structure.units // 2)
-    for port in structure.producers:
-        take(half.get_submodule(port.module), 0, structure.columns(port, left))
-    gone = torch.arange(structure.units // 2, structure.units)
-    for port in structure.consumers:
-        linear = half.get_submodule(port.module)
-        stays = torch.ones(linear.weight.shape[1], dtype=torch.bool)
-        stays[structure.columns(port, gone)] = False
-        take(linear, 1, stays.nonzero().flatten())
-    if structure.kind == "heads" and len(left):
-        set_heads(half, structure.name.removesuffix("heads").removesuffix("."), len(left))
+    half, left = copy.deepcopy(layer), {structure.name: torch.arange(structure.units // 2)}
+    for dim, side in enumerate(("rows", "columns")):
+        for module, lines in lines_left(half, [structure], left, side).items():
+            take(half.get_submodule(module), dim, lines)
+    if structure.kind == "heads" and structure.units > 1:
+        owner = structure.name.removesuffix("heads").removesuffix(".")
+        group = heads_of(half.get_submodule(owner)) // structure.units
+        set_heads(half, owner, group * (structure.units // 2))
+    tell_widths(half)
     return half
 
 

@@ -17,11 +17,8 @@ from ecodiff.mask.objective import Budget, Objective, Penalty, distortion, expec
 from ecodiff.mask.prices import Prices, budgeted
 from ecodiff.mask.select import limits_of, matching, select
 from ecodiff.mask.sensitivity import closed_means, costs_of_share, first_logits, sensitivity
-from ecodiff.models.structures import (
-    Structure,
-    denoiser_of,
-    maskable_share,
-)
+from ecodiff.models.structures import denoiser_of, maskable_share
+from ecodiff.models.units import Structure
 from ecodiff.runtime.errors import UserError
 from ecodiff.runtime.optimise import in_epochs
 from ecodiff.runtime.state import State

@@ -22,7 +22,8 @@ from ecodiff.config.sections import MaskSettings
 from ecodiff.mask import learn, peers, scores
 from ecodiff.mask.prices import Prices, budgeted
 from ecodiff.mask.sensitivity import closed_means, costs_of_share, sensitivity
-from ecodiff.models.structures import Structure, denoiser_of, discover
+from ecodiff.models.structures import denoiser_of, discover
+from ecodiff.models.units import Structure
 from ecodiff.runtime.errors import UserError
 
 Scores = dict[str, Tensor]

@@ -22,7 +22,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ecodiff.models.structures import Structure
+from ecodiff.models.units import Structure
 from ecodiff.trajectory.gates import STRETCH, TEMPERATURE, Gates
 
 

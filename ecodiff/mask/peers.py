@@ -22,7 +22,8 @@ from torch.nn import functional
 from ecodiff.calibrate import Calibration
 from ecodiff.calibrate.grams import Grams
 from ecodiff.mask.scores import sum_over_lines, sum_over_unit
-from ecodiff.models.structures import Port, Structure, denoiser_of, discover
+from ecodiff.models.structures import denoiser_of, discover
+from ecodiff.models.units import Port, Structure
 from ecodiff.trajectory.denoising_loss import conditioned, objective
 
 # Diff-Pruning stops where a timestep's loss falls below this share of the largest.
@@ -129,7 +130,7 @@ class _Layer:
 
     @classmethod
     def of(cls, s: Structure, port: Port, denoiser: nn.Module, inverse: Tensor) -> _Layer:
-        columns = s.columns(port, torch.arange(s.units)).view(-1, s.units, s.width)
+        columns = s.columns(port, torch.arange(s.units)).view(-1, s.units, port.width)
         columns = columns.transpose(0, 1).flatten(1).to(inverse.device)
         return cls(_matrix(denoiser, port).to(inverse), inverse, columns)
 

@@ -19,14 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ecodiff.calibrate import Calibration, rows_of, watched
 from ecodiff.mask.latency import latencies, where
-from ecodiff.models.structures import (
-    Modulation,
-    Port,
-    Structure,
-    count_parameters,
-    denoiser_of,
-    discover,
-)
+from ecodiff.models.structures import Modulation, count_parameters, denoiser_of, discover
+from ecodiff.models.units import Port, Structure
 from ecodiff.runtime.errors import UserError
 from ecodiff.runtime.workers import Workers
 
@@ -129,8 +123,8 @@ def _macs(
         if s.directions_of:
             units[s.name] = s.unit_parameters * rows[s.directions_of]
             continue
-        units[s.name] = sum(_line(denoiser, p, 0) * s.width * rows[p.module] for p in s.producers)
-        units[s.name] += sum(_line(denoiser, p, 1) * s.width * rows[p.module] for p in s.consumers)
+        units[s.name] = sum(_line(denoiser, p, 0) * p.width * rows[p.module] for p in s.producers)
+        units[s.name] += sum(_line(denoiser, p, 1) * p.width * rows[p.module] for p in s.consumers)
         if s.kind == "heads":  # what is no linear: queries with keys, weights with values
             owner = s.name.removesuffix(".heads")
             units[s.name] += (macs[owner] - _of_layers(macs, owner, denoiser)) // s.units

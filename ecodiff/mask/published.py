@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ecodiff.config.sections import MaskSettings
 from ecodiff.mask import Mask, selected
-from ecodiff.models.structures import Structure, denoiser_of, discover
+from ecodiff.models.structures import denoiser_of, discover
+from ecodiff.models.units import Structure
 from ecodiff.runtime.errors import UserError, first_line
 
 # U-Nets have their parts in another order than they run them.

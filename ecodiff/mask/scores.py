@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ecodiff.models.structures import Port, Structure
+from ecodiff.models.units import Port, Structure
 
 
 @torch.no_grad()
@@ -80,7 +80,7 @@ def sum_over_lines(structure: Structure, port: Port, lines: Tensor) -> Tensor:
         fp32 (units,), on the CPU.
     """
     owned = lines.float().cpu()[structure.columns(port, torch.arange(structure.units))]
-    return owned.view(len(port.offsets), structure.units, structure.width).sum((0, 2))
+    return owned.view(len(port.offsets), structure.units, port.width).sum((0, 2))
 
 
 def weights_of_unit(denoiser: nn.Module, structure: Structure) -> int:
@@ -89,5 +89,5 @@ def weights_of_unit(denoiser: nn.Module, structure: Structure) -> int:
     for ports, axis in ((structure.producers, 0), (structure.consumers, 1)):
         for port in ports:
             weight = denoiser.get_submodule(port.module).weight
-            count += len(port.offsets) * structure.width * weight.numel() // weight.shape[axis]
+            count += len(port.offsets) * port.width * weight.numel() // weight.shape[axis]
     return count

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ecodiff.config.sections import MaskSettings
-from ecodiff.models.structures import Structure
+from ecodiff.models.units import Structure
 from ecodiff.runtime.errors import UserError
 
 Scope = Literal["global", "structure"]

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from ecodiff.calibrate import Calibration
 from ecodiff.config.sections import MaskSettings
-from ecodiff.models.structures import Modulation, Structure, denoiser_of, discover
+from ecodiff.models.structures import Modulation, denoiser_of, discover
+from ecodiff.models.units import Structure
 from ecodiff.runtime.errors import UserError
 from ecodiff.runtime.workers import Workers
 from ecodiff.trajectory.directions import bases_of

@@ -7,14 +7,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from huggingface_hub import ModelCard, ModelCardData, metadata_load, try_to_load_from_cache
 from torch import nn
 from yaml import YAMLError
 
 from ecodiff.config.checks import is_local
-from ecodiff.models.pruned import CLASS_FILE
-from ecodiff.models.structures import NORMS, Structure, count_parameters, denoiser_of
+from ecodiff.models.pruned import CLASS_FILE, unpacked
+from ecodiff.models.recognisers import norms_of
+from ecodiff.models.structures import count_parameters, denoiser_of
+from ecodiff.models.units import Structure
 
 CARD = "README.md"
 LICENCE = ("license", "license_name", "license_link")
@@ -37,6 +40,7 @@ The row of a kind counts the parameters that could be removed of it.
 
 ```python
 import ecodiff
+import torch
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("THIS_MODEL")
@@ -114,13 +118,12 @@ def card_of(
 
 def _rows(denoiser: nn.Module, dense: nn.Module, structures: list[Structure]) -> Iterator[str]:
     """Of each kind, what could go and what went."""
-    left = dict(denoiser.named_modules())
+    record, left = denoiser.config["pruned"], dict(denoiser.named_modules())
     for kind, name in _KINDS.items():
         alike = [s for s in structures if s.kind == kind]
         whole = sum(s.unit_parameters * s.units + _norms(s, dense) for s in alike)
-        gone = sum(_gone(s, dense, left) for s in alike)
+        gone = sum(_gone(s, dense, record.get("kept", {})) for s in alike)
         yield from _row(name, whole, gone)
-    record = denoiser.config["pruned"]
     changed = {*record.get("scattered", ()), *record.get("ranks", {})}
     parts = ((dense.get_submodule(name), left[name]) for name in changed)
     gone = sum(count_parameters(old) - count_parameters(new) for old, new in parts)
@@ -133,23 +136,29 @@ def _row(name: str, whole: int, gone: int) -> Iterator[str]:
         yield f"| {name} | {whole:,} | {whole - gone:,} | {gone:,} ({gone / whole:.2%}) |"
 
 
-def _gone(structure: Structure, dense: nn.Module, left: dict[str, nn.Module]) -> int:
-    """Parameters that a pruned model lost of a structure of heads or neurons."""
-    port = structure.producers[0]
-    layer = left.get(port.module)
-    if layer is None:  # an attention without heads has none of their linears and norms
-        return structure.removed(structure.units) + _norms(structure, dense)
-    units = layer.weight.shape[0] // (len(port.offsets) * structure.width)
-    return structure.removed(structure.units - units)
+def _gone(structure: Structure, dense: nn.Module, kept: Mapping[str, Mapping[str, str]]) -> int:
+    """Parameters that a pruned model lost of a structure of heads or neurons.
+
+    Args:
+        structure: whose units.
+        dense: the dense denoiser.
+        kept: layer name -> which of its lines stayed, see `models.pruned`.
+    """
+    port, units = structure.consumers[0], structure.units
+    if "columns" in kept.get(port.module, ()):
+        stays = unpacked(kept[port.module]["columns"])
+        units = int(stays[structure.columns(port, torch.arange(units))].sum()) // (
+            len(port.offsets) * port.width
+        )
+    return structure.removed(structure.units - units) + (0 if units else _norms(structure, dense))
 
 
 def _norms(structure: Structure, dense: nn.Module) -> int:
     """Parameters of an attention's norms, which all heads share and which go with the last one."""
     if structure.kind != "heads":
         return 0
-    parts = dense.get_submodule(structure.producers[0].module.rpartition(".")[0])._modules
-    norms = (parts.get(name) for name in NORMS)
-    return sum(count_parameters(norm) for norm in norms if norm is not None)
+    attention = dense.get_submodule(structure.name.removesuffix(".heads"))
+    return sum(count_parameters(norm) for norm in norms_of(attention))
 
 
 def _base(pipe: DiffusionPipeline, denoiser: ModelMixin) -> tuple[str | None, dict[str, str]]:

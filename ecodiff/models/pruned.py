@@ -41,6 +41,14 @@ from torch import Tensor, nn
 
 log = logging.get_logger("diffusers.ecodiff")  # said as loudly as diffusers' own warnings
 CLASS_FILE = "ecodiff.py"
+# How attentions call their number of heads, and what else is counted with it; their output
+# projections, of the picture's stream and of the text's.
+HEADS = ("heads", "num_heads", "num_attention_heads")
+_WITH_HEADS = ("kv_heads", "num_kv_heads", "num_key_value_heads")
+_WITH_HEADS += ("inner_dim", "inner_kv_dim", "kv_inner_dim")
+# And how they call what gives the queries, if it isn't the first that they take.
+_STREAMS = ("hidden_states", "latents")
+IMAGE_OUT, TEXT_OUT = ("to_out", "img_attn_proj", "out_layer"), ("to_add_out", "txt_attn_proj")
 # How an adapter's tensors follow their layer: whether its rows or columns, and in which dimension.
 _CUTS = {"lora_A": ("columns", 1), "lora_B": ("rows", 0), "lora_magnitude_vector": ("rows", 0)}
 _PLAIN = ("lora_A.", "lora_B.")
@@ -145,37 +153,53 @@ class NoHeads(nn.Module):
     """An attention whose heads are all removed. It returns what the attention returns with all
     heads masked: the bias of its output projection, and the residual where the attention adds it.
 
-    Without an output projection (FLUX's single blocks) the result has zero width.
+    Without an output projection (FLUX's single blocks) the result has zero width. Where one
+    projection reads for heads and for an MLP (FLUX.2's), the MLP is left.
     """
 
     def __init__(self, attention: nn.Module) -> None:
         super().__init__()
         # Some give both streams though one set of projections reads them joined (CogVideoX).
         call = type(getattr(attention, "processor", attention)).__call__
-        gives_both = "return hidden_states, encoder_hidden_states" in inspect.getsource(call)
-        self.is_joint = getattr(attention, "add_k_proj", None) is not None or gives_both
+        self.is_joint = re.search(r"return \w+, \w+\n", inspect.getsource(call)) is not None
+        self.reads = [*inspect.signature(attention.forward).parameters]
         self.residual_connection = getattr(attention, "residual_connection", False)
         self.rescale_output_factor = getattr(attention, "rescale_output_factor", 1.0)
-        self.to_out = getattr(attention, "to_out", None)
-        self.to_add_out = getattr(attention, "to_add_out", None)
+        for name in (*IMAGE_OUT, *TEXT_OUT, "to_qkv_mlp_proj", "mlp_act_fn"):
+            if isinstance(part := getattr(attention, name, None), nn.Module):
+                self.add_module(name, part)
+        if not isinstance(getattr(attention, "processor", None), nn.Module):
+            self.processor = getattr(attention, "processor", None)  # some blocks ask for it
 
-    def forward(
-        self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, *_: Any, **__: Any
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Return the shape of `hidden_states`; in joint attention a pair with that of the text."""
+    def forward(self, *args: Any, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
+        """Take what the attention takes. Return the shape of the stream that gave the queries; in
+        joint attention a pair with that of the text."""
+        given = dict(zip(self.reads, args, strict=False)) | options
+        hidden_states = next(given[name] for name in (*_STREAMS, *given) if name in given)
+        text = given.get("encoder_hidden_states", given.get("".join(self.reads[1:2])))
         image = hidden_states
         if image.ndim == 4:
             image = image.flatten(2).transpose(1, 2)
-        image = _project(self.to_out, image[..., :0])
+        image = self._projected(IMAGE_OUT, image)
         if hidden_states.ndim == 4:
             image = image.transpose(1, 2).reshape(hidden_states.shape)
         if self.residual_connection:
             image = image + hidden_states
         image = image / self.rescale_output_factor
-        if self.is_joint and encoder_hidden_states is not None:
-            output = self.to_out if self.to_add_out is None else self.to_add_out
-            return image, _project(output, encoder_hidden_states[..., :0])
+        if self.is_joint and text is not None:
+            return image, self._projected((*TEXT_OUT, *IMAGE_OUT), text)
         return image
+
+    def _projected(self, names: tuple[str, ...], read: Tensor) -> Tensor:
+        """What the first of the output projections that is there gives of no heads; it may be
+        followed by a dropout."""
+        output = read[..., :0]
+        if "to_qkv_mlp_proj" in self._modules:
+            output = self.mlp_act_fn(self.to_qkv_mlp_proj(read))
+        layers = next((self._modules[name] for name in names if name in self._modules), ())
+        for layer in layers if isinstance(layers, nn.ModuleList | tuple) else (layers,):
+            output = layer(output)
+        return output
 
 
 class Pruned:
@@ -481,23 +505,27 @@ def take(layer: nn.Linear | nn.Conv2d, dim: int, kept: Tensor) -> None:
         layer.__class__ = NoChannels
 
 
-def tell_block(denoiser: nn.Module, name: str, dense: int) -> None:
-    """Tell a parallel block how wide its MLP is, if it splits gate and value by that (Ovis).
-
-    Args:
-        denoiser: whose linear `name` has lost rows.
-        dense: the rows it had.
-    """
-    owner, _, last = name.rpartition(".")
-    block = denoiser.get_submodule(owner)
-    if last == "proj_mlp" and hasattr(block, "mlp_hidden_dim"):
-        rows = denoiser.get_submodule(name).out_features
-        block.mlp_hidden_dim = block.mlp_hidden_dim * rows // dense
+def tell_widths(denoiser: nn.Module) -> None:
+    """Tell blocks and attentions that hold heads and an MLP in the same linears how wide the MLP
+    is, by which some split what they read (Ovis, FLUX.2)."""
+    for module in denoiser.modules():
+        parts = module._modules
+        if "proj_mlp" in parts and "proj_out" in parts and hasattr(module, "mlp_hidden_dim"):
+            heads = 0 if isinstance(module.attn, NoHeads) else module.attn.to_q.out_features
+            module.mlp_hidden_dim = module.proj_out.in_features - heads
+        elif "to_qkv_mlp_proj" in parts and not isinstance(module, NoHeads):
+            module.mlp_hidden_dim = module.to_out.in_features - module.inner_dim
 
 
 def largest_rank(rows: int, columns: int) -> int:
     """The largest rank at which two linears have fewer weights than one of (rows, columns)."""
     return (rows * columns - 1) // (rows + columns)
+
+
+def heads_of(attention: nn.Module) -> int:
+    """An attention's number of (query) heads; 0 for other modules."""
+    found = (vars(attention).get(name, 0) for name in HEADS)  # a model's config warns otherwise
+    return next((count for count in found if isinstance(count, int) and count > 0), 0)
 
 
 def set_heads(denoiser: nn.Module, name: str, heads: int) -> None:
@@ -507,18 +535,17 @@ def set_heads(denoiser: nn.Module, name: str, heads: int) -> None:
     if heads == 0:
         denoiser.set_submodule(name, NoHeads(attention))
         return
-    dense = attention.inner_dim
-    inner = heads * (dense // attention.heads)
-    for attribute, value in (
-        ("heads", heads),
-        ("sliceable_head_dim", max(2, heads)),  # by default diffusers takes half of it
-        ("inner_dim", inner),
-        ("inner_kv_dim", inner),
-        # What is as wide as all heads follows them: OmniGen lays its heads out by it.
-        ("out_dim", inner if getattr(attention, "out_dim", 0) == dense else None),
-    ):
-        if value is not None and hasattr(attention, attribute):
-            setattr(attention, attribute, value)
+    dense = heads_of(attention)
+    counted = [*HEADS, *_WITH_HEADS]
+    # What is as wide as all heads follows them: OmniGen lays its heads out by it.
+    if getattr(attention, "out_dim", 0) == getattr(attention, "inner_dim", None):
+        counted.append("out_dim")
+    for attribute in counted:
+        value = getattr(attention, attribute, None)
+        if isinstance(value, int):
+            setattr(attention, attribute, value * heads // dense)
+    if hasattr(attention, "sliceable_head_dim"):  # by default diffusers takes half of it
+        attention.sliceable_head_dim = max(2, heads)
 
 
 def _apply(model: nn.Module, record: Mapping[str, Any]) -> None:
@@ -538,7 +565,6 @@ def _apply(model: nn.Module, record: Mapping[str, Any]) -> None:
             model.set_submodule(name, ScatterLinear(layer, rows))
         elif len(rows) < dense[0]:
             take(layer, 0, rows)
-            tell_block(model, name, dense[0])
         if len(columns) < dense[1]:
             take(layer, 1, columns)
     for name, rank in record.get("ranks", {}).items():
@@ -549,11 +575,12 @@ def _apply(model: nn.Module, record: Mapping[str, Any]) -> None:
             raise ValueError(f"config.json: pruned: {name}: {rank} is not possible ({allowed})")
         model.set_submodule(name, LowRankLinear(layer, rank))
     for name, heads in record.get("heads", {}).items():
-        dense_heads = getattr(_part(model, name), "heads", 0)
+        dense_heads = heads_of(_part(model, name))
         if not isinstance(heads, int) or not 0 <= heads <= dense_heads:
             allowed = f"0 to {dense_heads}" if dense_heads else "an attention of this model"
             raise ValueError(f"config.json: pruned: {name}: {heads} is not possible ({allowed})")
         set_heads(model, name, heads)
+    tell_widths(model)
 
 
 def _part(model: nn.Module, name: str) -> nn.Module | None:
@@ -566,12 +593,3 @@ def _part(model: nn.Module, name: str) -> nn.Module | None:
 def _selected(weight: nn.Parameter, dim: int, kept: Tensor) -> nn.Parameter:
     chosen = weight.detach().index_select(dim, kept.to(weight.device)).contiguous()
     return nn.Parameter(chosen, requires_grad=weight.requires_grad)
-
-
-def _project(output: nn.Module | None, empty: Tensor) -> Tensor:
-    """Apply an output projection, which may be followed by a dropout, to a zero-width input."""
-    if output is None:
-        return empty
-    for layer in output if isinstance(output, nn.ModuleList) else (output,):
-        empty = layer(empty)
-    return empty

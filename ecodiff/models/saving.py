@@ -26,7 +26,8 @@ from ecodiff.models.card import CARD, card_of
 from ecodiff.models.complete import check_components, read_json
 from ecodiff.models.libraries import plain, refuse_offloaded
 from ecodiff.models.pruned import CLASS_FILE, Pruned
-from ecodiff.models.structures import Structure, denoiser_of, discover
+from ecodiff.models.structures import denoiser_of, discover
+from ecodiff.models.units import Structure
 from ecodiff.runtime.artifacts import MARKER, atomic
 from ecodiff.runtime.errors import UserError, first_line
 

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ecodiff.models.structures import Structure
-from ecodiff.prune.narrow import consumer_columns
+from ecodiff.models.units import Structure, lines_left
 from ecodiff.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -58,7 +57,7 @@ def compensate(
             " the ridge keeps what it does not tell, more prompts would do better",
             *(len(short), short[0], rows, inputs),
         )
-    for module, columns in consumer_columns(denoiser, structures, kept).items():
+    for module, columns in lines_left(denoiser, structures, kept, "columns").items():
         linear = denoiser.get_submodule(module)
         if module not in grams.gram:
             raise UserError(f"grams: {module} is missing; gather them for all structures")

@@ -17,7 +17,8 @@ from ecodiff.config.sections import PruneSettings
 from ecodiff.models.libraries import plain, refuse_offloaded
 from ecodiff.models.pipelines import fingerprint
 from ecodiff.models.pruned import Pruned, pruned_class
-from ecodiff.models.structures import Structure, denoiser_of, discover, modulation_of
+from ecodiff.models.structures import denoiser_of, discover, modulation_of
+from ecodiff.models.units import Structure
 from ecodiff.prune.compensate import compensate
 from ecodiff.prune.factorise import factorise
 from ecodiff.prune.in_groups import compensate_in_groups

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ecodiff.models.pruned import LowRankLinear
-from ecodiff.models.structures import Structure
+from ecodiff.models.units import Structure
 from ecodiff.trajectory.directions import Basis
 
 

@@ -14,10 +14,10 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from ecodiff.calibrate import Calibration, rows_of, watched
-from ecodiff.models.structures import Structure, denoiser_of
+from ecodiff.models.structures import denoiser_of
+from ecodiff.models.units import Structure, lines_left
 from ecodiff.prune.compensate import refit, write
 from ecodiff.prune.means import of_modulation
-from ecodiff.prune.narrow import consumer_columns
 from ecodiff.trajectory.directions import Basis
 from ecodiff.trajectory.gates import Gates
 from ecodiff.trajectory.rollout import replaced_forward
@@ -65,7 +65,7 @@ def compensate_in_groups(
     denoiser = denoiser_of(pipe)
     order = _in_order(pipe, structures, calibration)
     columns = {m: torch.arange(denoiser.get_submodule(m).weight.shape[1]) for m in order}
-    columns |= consumer_columns(denoiser, structures, kept)
+    columns |= lines_left(denoiser, structures, kept, "columns")
     columns = {module: found.to(denoiser.device) for module, found in columns.items()}
     dense = {
         f"{module}.{name}": value.detach().clone()

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ecodiff.models.structures import Structure, modulation_linears
-from ecodiff.prune.narrow import consumer_columns
+from ecodiff.models.structures import modulation_linears
+from ecodiff.models.units import Structure, lines_left
 
 
 def of_modulation(
@@ -41,7 +41,7 @@ def leave_means(
         means: module name -> mean, see `Calibration.means`. Consumers that are not named keep their
             bias.
     """
-    for module, columns in consumer_columns(denoiser, structures, kept).items():
+    for module, columns in lines_left(denoiser, structures, kept, "columns").items():
         if module in means:
             _absorb(denoiser.get_submodule(module), columns, means[module])
     for structure in structures:

@@ -15,8 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ecodiff.models.pruned import ScatterLinear, packed, set_heads, take, tell_block, unpacked
-from ecodiff.models.structures import Structure
+from ecodiff.models.pruned import (
+    ScatterLinear,
+    heads_of,
+    packed,
+    set_heads,
+    take,
+    tell_widths,
+    unpacked,
+)
+from ecodiff.models.units import Side, Structure, lines_left
+
+SIDES: dict[Side, int] = {"columns": 1, "rows": 0}  # of a weight, and their dimension
 
 
 def narrow(
@@ -41,31 +51,27 @@ def narrow(
     scattered, heads = [*before.get("scattered", ())], dict(before.get("heads", {}))
     stays = defaultdict(dict, {name: dict(sides) for name, sides in before.get("kept", {}).items()})
 
-    def cut(module: str, side: str, places: Tensor) -> None:
-        """Cut rows or columns, and note which ones of the dense layer are left."""
-        layer, dim = denoiser.get_submodule(module), ("rows", "columns").index(side)
-        sides, size = stays[module], layer.weight.shape[dim]
-        now = unpacked(sides[side]) if side in sides else torch.ones(size, dtype=torch.bool)
-        left = now.nonzero().flatten()[places.cpu()]
-        sides[side] = packed(torch.zeros_like(now).index_fill(0, left, True))
-        take(layer, dim, places)
-        if side == "rows":
-            tell_block(denoiser, module, size)
-
-    for module, columns in consumer_columns(denoiser, structures, kept).items():
-        cut(module, "columns", columns)
+    lines = {side: lines_left(denoiser, structures, kept, side) for side in SIDES}
+    for side, dim in SIDES.items():
+        for module, places in lines[side].items():
+            layer, sides = denoiser.get_submodule(module), stays[module]
+            # Which lines of the dense layer are left, after an earlier pruning too.
+            size = layer.weight.shape[dim]
+            now = unpacked(sides[side]) if side in sides else torch.ones(size, dtype=torch.bool)
+            left = now.nonzero().flatten()[places]
+            sides[side] = packed(torch.zeros_like(now).index_fill(0, left, True))
+            take(layer, dim, places)
     for structure in structures:
         units = kept[structure.name]
-        for port in structure.producers:
-            rows = structure.columns(port, units)
-            if structure.kind == "modulation":
-                scattered += _scatter(denoiser, port.module, rows)
-            else:
-                cut(port.module, "rows", rows)
+        if structure.kind == "modulation":
+            for port in structure.producers:
+                scattered += _scatter(denoiser, port.module, structure.columns(port, units))
         if structure.kind == "heads":
             owner = structure.name.removesuffix(".heads")
-            set_heads(denoiser, owner, len(units))
-            heads[owner] = len(units)
+            dense = heads_of(denoiser.get_submodule(owner))
+            heads[owner] = dense * len(units) // structure.units
+            set_heads(denoiser, owner, heads[owner])
+    tell_widths(denoiser)
     layers = dict(denoiser.named_modules())
     # The q, k and v projections of an attention without heads no longer exist.
     names = sorted({*scattered, *stays} & layers.keys())
@@ -81,24 +87,3 @@ def _scatter(denoiser: nn.Module, module: str, rows: Tensor) -> list[str]:
         return []
     denoiser.set_submodule(module, ScatterLinear(owner, rows))
     return [module]
-
-
-def consumer_columns(
-    denoiser: nn.Module, structures: Iterable[Structure], kept: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Input columns that stay of each consumer, jointly over all structures that cut it.
-
-    Returns:
-        Module name -> int64 (columns kept,), ascending, on the CPU.
-    """
-    stays: dict[str, Tensor] = {}
-    for structure in structures:
-        if structure.name not in kept:
-            continue
-        gone = torch.ones(structure.units, dtype=torch.bool)
-        gone[kept[structure.name].cpu()] = False
-        for port in structure.consumers:
-            width = denoiser.get_submodule(port.module).weight.shape[1]
-            mask = stays.setdefault(port.module, torch.ones(width, dtype=torch.bool))
-            mask[structure.columns(port, gone.nonzero().flatten())] = False
-    return {module: mask.nonzero().flatten() for module, mask in stays.items()}

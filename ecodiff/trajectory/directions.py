@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ecodiff.models.structures import Structure
+from ecodiff.models.units import Structure
 from ecodiff.runtime.errors import UserError
 
 # Added to C's diagonal, relative to its mean: inputs of other step counts and prompts leave the

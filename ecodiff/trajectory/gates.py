@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ecodiff.models.libraries import without_compiling
-from ecodiff.models.structures import Port, Structure
+from ecodiff.models.units import Port, Structure
 from ecodiff.trajectory.directions import Basis
 
 TEMPERATURE = 0.83
@@ -305,8 +305,8 @@ def _by_module(
 
 def _multiplier(ports: list[tuple[Structure, Port]], values: dict[str, Tensor]) -> Tensor:
     """Expand gates (n, units) to the columns that the units own; 1 elsewhere: (n, columns)."""
-    size = max(max(port.offsets) + s.units * s.width for s, port in ports)
-    gates = [values[s.name].repeat_interleave(s.width, dim=1) for s, _ in ports]
+    size = max(max(port.offsets) + s.units * port.width for s, port in ports)
+    gates = [values[s.name].repeat_interleave(port.width, dim=1) for s, port in ports]
     multiplier = gates[0].new_ones(len(gates[0]), size)
     for (s, port), gate in zip(ports, gates, strict=True):
         columns = s.columns(port, torch.arange(s.units, device=gate.device))
