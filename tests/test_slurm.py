@@ -53,7 +53,8 @@ class Place:
         command += ["--slurm-status-command", "squeue", "--latency-wait", 5]
         command += ["--slurm-init-seconds-before-status-checks", 6, "--set-threads"]
         command += [f"{rule}=1" for rule in ("calibrate", "mask", "prune", "generate", "quality")]
-        command += ["--set-resources", "quality:mem_mb=2000"]  # the node is small
+        small = [f"{rule}:mem_mb=2000" for rule in ("real", "see", "quality")]
+        command += ["--set-resources", *small]  # the node has room for no more
         return list(map(str, command))
 
     def start(self, *words):

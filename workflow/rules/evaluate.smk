@@ -20,7 +20,7 @@ rule real:
     resources:
         gpu=max(min(1, model.resources.gpu) for model in plan.config.models.values()),
         mem_mb=growing(6000),
-        runtime=max(model.resources.runtime for model in plan.config.models.values()),
+        runtime=growing(max(model.resources.runtime for model in plan.config.models.values())),
     params:
         config=CONFIG,
         settings=[settings(f"evaluate/{key}") for key in SEEN_BY],
