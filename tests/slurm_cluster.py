@@ -24,7 +24,7 @@ import pytest
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
 ETC = Path("/etc/slurm")
 FILES = (ETC / "slurm.conf", ETC / "gres.conf")
-WITH_US = ("setpriv", "--pdeathsig", "TERM")  # before a command: it ends when the tests do
+WITH_US = ("setpriv", "--pdeathsig", "KILL")  # before a command: it ends when the tests do
 MEMORY = 6000  # MB that jobs may ask for together
 
 OURS = "# Of the tests of ecodiff; may be removed.\n"  # what a killed test left is known by it
