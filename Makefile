@@ -10,7 +10,7 @@ export UV_LINK_MODE ?= copy
 # What users install: the core, or with the extra of a stage.
 INSTALLS := . .[evaluate] .[prompts] .[report] .[retrain] .[workflow]
 
-.PHONY: demo test test-slurm test-peers test-install bench lint lock schema install clean
+.PHONY: demo test test-slurm test-install bench lint lock schema install clean
 
 demo: install
 	$(BIN)/snakemake --cores $(CORES) $(if $(PROFILE),--workflow-profile $(PROFILE))
@@ -24,10 +24,6 @@ test: install
 # root on Debian, and takes up to ten minutes. DRILLS chooses some, as pytest's -k.
 test-slurm: install
 	$(BIN)/python -m pytest -q -s -x -m slurm tests/test_slurm.py -k "$(DRILLS)"
-
-# diffusers' own tests of its models, on pruned ones: DIFFUSERS is a checkout of the version installed.
-test-peers: install
-	$(BIN)/python benchmarks/peers.py $(DIFFUSERS)
 
 # Each as a user gets it: a fresh environment, the package built, the versions of the lock.
 # What an earlier build left would be packaged too.

@@ -141,7 +141,7 @@ def test_a_changed_weight_runs_the_model_anew(finished):
 
 def test_a_deleted_shard_is_drawn_again_and_nothing_else(finished):
     before = table_of(finished)
-    shutil.rmtree(finished / "results/small/tiny/random-20/images/evaluation/0")
+    shutil.rmtree(finished / "results/small/tiny/random-20/images/txt/0")
     done = jobs(run(finished, judged_on("txt")))
     assert sorted(done) == ["figures", "gallery", "generate", "quality", "see", "tables"]
     pd.testing.assert_frame_equal(table_of(finished), before)

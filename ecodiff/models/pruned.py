@@ -522,9 +522,10 @@ def largest_rank(rows: int, columns: int) -> int:
     return (rows * columns - 1) // (rows + columns)
 
 
-def heads_of(attention: nn.Module) -> int:
-    """An attention's number of (query) heads; 0 for other modules."""
-    found = (vars(attention).get(name, 0) for name in HEADS)  # a model's config warns otherwise
+def heads_of(attention: nn.Module | None) -> int:
+    """An attention's number of (query) heads; 0 for other modules, and for none."""
+    own = vars(attention) if attention is not None else {}  # a model's config would warn of others
+    found = (own.get(name, 0) for name in HEADS)
     return next((count for count in found if isinstance(count, int) and count > 0), 0)
 
 
