@@ -2,8 +2,7 @@
 
 It prints docs/denoisers.md. DIFFUSERS is a checkout of diffusers, whose tests bring a small config
 and inputs for each of their models. Each is pruned to a third of its units, to one, to none and to
-a mixture, and has to equal the masked model, both as it was cut and as it is read back. The shares
-are those of the class's default config, on the meta device: for most the real size.
+a mixture, and has to equal the masked model, both as it was cut and as it is read back.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from typing import Any
 import diffusers
 import pandas as pd
 import torch
-from ecodiff.models.units import Structure
 from torch import Tensor, nn
 
 from ecodiff.models.pruned import pruned_class
@@ -31,6 +29,7 @@ from ecodiff.models.structures import (
     maskable_share,
     modulation_linears,
 )
+from ecodiff.models.units import Structure
 from ecodiff.prune.narrow import narrow
 from ecodiff.report.tables import markdown
 from ecodiff.runtime.errors import UserError
@@ -73,8 +72,9 @@ def _case(case: type) -> tuple[type, dict[str, Any], dict[str, Any]] | None:
     return (model, config, inputs) if inspect.isclass(model) else None
 
 
-def outcome(kind: type, config: dict[str, Any], inputs: dict[str, Any]) -> str:
-    """`understood`, or how it is refused, or where pruned and masked differ."""
+def outcome(kind: type, config: dict[str, Any], inputs: dict[str, Any]) -> list[str]:
+    """`understood`, or how it is refused, or where pruned and masked differ; and the share of the
+    parameters that each kind of structure has."""
     torch.manual_seed(0)
     model = kind(**config).eval().requires_grad_(False)
     for parameter in model.parameters():  # zeros would hide what is cut
@@ -83,13 +83,16 @@ def outcome(kind: type, config: dict[str, Any], inputs: dict[str, Any]) -> str:
     try:
         structures = discover(model)
     except UserError as error:
-        return f"refused: {str(error).partition('; ')[2].partition(' (see')[0]}"
+        return [f"refused: {str(error).partition('; ')[2].partition(' (see')[0]}", "", "", ""]
     wrong = [
         f"{how} by {off:.0e}"
         for how in ("a third", "one", "none", "a mixture")
         if (off := difference(model, structures, kept(structures, how), inputs)) > CLOSE
     ]
-    return f"**wrong**: {', '.join(wrong)}" if wrong else "understood"
+    total = count_parameters(model)
+    found = (maskable_share([s for s in structures if s.kind == k], total) for k in KINDS)
+    word = f"**wrong**: {', '.join(wrong)}" if wrong else "understood"
+    return [word, *(f"{share:.0%}" for share in found)]
 
 
 def kept(structures: Sequence[Structure], how: str) -> dict[str, Tensor]:
@@ -143,18 +146,6 @@ def _tensors(found: Any) -> Iterator[Tensor]:
             yield from _tensors(one)
 
 
-def shares(kind: type) -> list[str]:
-    """Billions of parameters of the default config, and the share of each kind of structure."""
-    try:
-        with torch.device("meta"):
-            model = kind()
-        structures, total = discover(model), count_parameters(model)
-    except Exception:  # there is no whole default config
-        return ["", *("" for _ in KINDS)]
-    found = (maskable_share([s for s in structures if s.kind == k], total) for k in KINDS)
-    return [f"{total / 1e9:.2f}", *(f"{share:.0%}" for share in found)]
-
-
 def main() -> None:
     """Print the page."""
     warnings.filterwarnings("ignore")
@@ -162,8 +153,8 @@ def main() -> None:
     rows = []
     for kind, config, inputs in cases(Path(sys.argv[1]).resolve()):
         print(kind.__name__, file=sys.stderr, flush=True)
-        rows.append([kind.__name__, outcome(kind, config, inputs), *shares(kind)])
-    head = ["class", "", "parameters (10⁹)", "heads", "neurons", "modulation"]
+        rows.append([kind.__name__, *outcome(kind, config, inputs)])
+    head = ["class", "", *KINDS]
     found = pd.DataFrame(sorted(rows), columns=head)
     count = (found[""] == "understood").sum()
     print(
@@ -171,9 +162,10 @@ def main() -> None:
         f"Of {len(found)} denoisers that diffusers' tests build, {count} are understood: pruned to"
         " a third of their units, to one,\nto none and to a mixture, they equal the masked model"
         f" within {CLOSE:.0e} of the largest value, also read back\nfrom their config. The others"
-        " are refused, with the layers that are not understood. Shares are of the class's\ndefault"
-        " config, which for most is the real size; empty where there is none. Recognition goes by"
-        " linears, not by\nnames of classes ([families](families.md)).\n\n"
+        " are refused, with the layers that are not understood. Beside them the shares of the"
+        " parameters that can go, of\nthe small models of those tests: which kinds there are is"
+        " what they tell. Recognition goes by linears, not by\nnames of classes"
+        " ([families](families.md)).\n\n"
         f"`python benchmarks/denoisers.py DIFFUSERS`, diffusers {diffusers.__version__},"
         f" {date.today()}.\n\n{markdown(found)}",
         end="",
