@@ -51,8 +51,12 @@ def cases(checkout: Path) -> Iterator[tuple[type, dict[str, Any], dict[str, Any]
             except ImportError as error:
                 print(f"{file.name}: {error}", file=sys.stderr)
                 continue
-            for case in vars(module).values():
-                found = _case(case) if inspect.isclass(case) else None
+            # Not those that it imports: models themselves, of the real size.
+            own = [
+                c for c in vars(module).values() if getattr(c, "__module__", "") == module.__name__
+            ]
+            for case in filter(inspect.isclass, own):
+                found = _case(case)
                 if found and found[0].__name__ not in seen:
                     seen.add(found[0].__name__)
                     yield found
@@ -83,7 +87,8 @@ def outcome(kind: type, config: dict[str, Any], inputs: dict[str, Any]) -> list[
     try:
         structures = discover(model)
     except UserError as error:
-        return [f"refused: {str(error).partition('; ')[2].partition(' (see')[0]}", "", "", ""]
+        layers = str(error).partition("not understood: ")[2].partition(" (see")[0]
+        return [f"refused: {layers}", *("" for _ in KINDS)]
     wrong = [
         f"{how} by {off:.0e}"
         for how in ("a third", "one", "none", "a mixture")
@@ -162,9 +167,9 @@ def main() -> None:
         f"Of {len(found)} denoisers that diffusers' tests build, {count} are understood: pruned to"
         " a third of their units, to one,\nto none and to a mixture, they equal the masked model"
         f" within {CLOSE:.0e} of the largest value, also read back\nfrom their config. The others"
-        " are refused, with the layers that are not understood. Beside them the shares of the"
-        " parameters that can go, of\nthe small models of those tests: which kinds there are is"
-        " what they tell. Recognition goes by linears, not by\nnames of classes"
+        " are refused, with the layers that are not understood. Beside them are the shares\nof"
+        " parameters that can go, of the small models of those tests: which kinds there are is"
+        " what they tell.\nRecognition goes by linears, not by names of classes"
         " ([families](families.md)).\n\n"
         f"`python benchmarks/denoisers.py DIFFUSERS`, diffusers {diffusers.__version__},"
         f" {date.today()}.\n\n{markdown(found)}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -160,3 +161,9 @@ def test_a_denoiser_that_is_understood_in_part_is_refused():
     config |= {"axes_dims_rope": [2, 2, 4]} | heads(2, 8)
     with pytest.raises(UserError, match=r"transformer_blocks\.0\.encoder_proj"):
         discover(diffusers.NucleusMoEImageTransformer2DModel(**config))
+
+
+@pytest.mark.parametrize("name", UNDERSTOOD)
+def test_the_page_of_denoisers_tells_what_is_understood(name):
+    page = (Path(__file__).parents[1] / "docs/denoisers.md").read_text()
+    assert f"| {name} | understood |" in page
