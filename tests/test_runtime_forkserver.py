@@ -128,7 +128,7 @@ def test_sigterm_reaches_the_job(server):
     job = ecodiff("wait")
     pid = int(job.stdout.readline())
     job.terminate()
-    assert job.wait(10) == 75
+    assert job.wait(60) == 75
     assert eventually(lambda: not alive(pid))
 
 
@@ -136,14 +136,14 @@ def test_a_job_whose_command_is_killed_ends_too(server):
     job = ecodiff("wait")
     pid = int(job.stdout.readline())
     job.kill()
-    job.wait(10)
+    job.wait(60)
     assert eventually(lambda: not alive(pid))
 
 
 def test_a_command_whose_job_is_killed_says_so(server):
     job = ecodiff("wait")
     os.kill(int(job.stdout.readline()), signal.SIGKILL)
-    _, err = job.communicate(timeout=10)
+    _, err = job.communicate(timeout=60)
     assert job.returncode == 137
     assert "killed" in err
 
