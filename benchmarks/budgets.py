@@ -15,16 +15,13 @@ from statistics import median
 
 import pandas as pd
 from diffusers import DiffusionPipeline
-from masks import BATCH, copy_of, errors
+from masks import copy_of, errors, opened
 from torch.utils.flop_counter import FlopCounterMode
 
 import ecodiff
-from ecodiff.calibrate import Calibration, Grams, calibrate
-from ecodiff.config.run import load_config
+from ecodiff.calibrate import Calibration
 from ecodiff.mask import make_mask
-from ecodiff.models.loading import load_pipeline
 from ecodiff.models.structures import count_parameters, denoiser_of
-from ecodiff.prompts import read_prompts
 from ecodiff.report.tables import markdown
 from ecodiff.runtime.timing import seconds
 
@@ -67,15 +64,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--rounds", type=int, default=9)
     asked = parser.parse_args()
-    config = load_config(asked.run / "config.yaml")
-    model = config.models[asked.model]
-    call = model.call.model_dump(exclude_none=True)
-    pipe = load_pipeline(model.source, **model.load.model_dump() | {"device": "cpu"})
-    folder = asked.run / asked.model
-    record = Calibration.load(folder / f"{config.calibrate.prompts}.safetensors")
-    grams = Grams.load(folder / "grams.safetensors")
-    rows = read_prompts(asked.run / f"prompts/{config.evaluate.prompts}.parquet")[:128]
-    held_out = calibrate(pipe, [*rows["prompt"]], [*rows["seed"]], call, BATCH)
+    pipe, record, grams, held_out = opened(asked.run, asked.model)
     table = []
     for budget in BUDGETS:
         settings = SETTINGS | {"budget": budget}
@@ -85,7 +74,7 @@ def main() -> None:
             ecodiff.prune(pruned, mask.at(pipe, share), grams)
             name = f"{share:.0%} of {budget}"
             table.append([name, *row_of(pipe, pruned, held_out, asked.rounds)])
-    print(f"{asked.model}, {len(rows)} captions, least squares; {date.today()}\n")
+    print(f"{asked.model}, {len(held_out.prompts)} captions, least squares; {date.today()}\n")
     head = ["asked off", "parameters off", "multiply-adds off", "time off", "error"]
     print(markdown(pd.DataFrame(table, columns=head)))
 

@@ -14,20 +14,18 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from safetensors.numpy import load_file
 
 from ecodiff.config.run import Config, load_config
 from ecodiff.config.variants import Variant
+from ecodiff.evaluate.samples import Samples
 from ecodiff.report.style import method
 from ecodiff.report.tables import markdown
 
 
 def latents(run: Path, model: str, variant: Variant, prompts: str) -> np.ndarray | None:
-    """The final latents of a variant, float64; None where a shard is missing."""
-    folder = run / model / variant.name / "images" / prompts
-    shards = sorted(folder.glob("*/latents.safetensors"), key=lambda path: int(path.parent.name))
-    parts = [load_file(path)["z0"].astype(np.float64) for path in shards]
-    return np.concatenate(parts) if parts else None
+    """The final latents of a variant, float64; None where no shard is drawn."""
+    shards = [*(run / model / variant.name / "images" / prompts).glob("*/")]
+    return Samples(shards).latents(slice(None)).double().numpy() if shards else None
 
 
 def errors(run: Path, config: Config, model: str) -> pd.DataFrame:

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -21,7 +22,8 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 import ecodiff
-from ecodiff.calibrate import Calibration, Grams, calibrate
+from ecodiff.calibrate import Calibration, calibrate
+from ecodiff.calibrate.grams import Grams
 from ecodiff.config.run import load_config
 from ecodiff.config.sections import MaskSettings
 from ecodiff.mask import Mask, make_mask
@@ -115,6 +117,28 @@ def errors(pruned: DiffusionPipeline, record: Calibration) -> Tensor:
     return error / dense.var(correction=0)
 
 
+class Run(NamedTuple):
+    """What a run has of a model: the dense pipeline, its calibration and Gram matrices, and the
+    record of the first 128 prompts that the run evaluates."""
+
+    pipe: DiffusionPipeline
+    record: Calibration
+    grams: Grams
+    held_out: Calibration
+
+
+def opened(run: Path, name: str) -> Run:
+    """Load the model `name` of `results/<run>`, on the CPU, and draw the held-out prompts."""
+    config = load_config(run / "config.yaml")
+    model = config.models[name]
+    call = model.call.model_dump(exclude_none=True)
+    pipe = load_pipeline(model.source, **model.load.model_dump() | {"device": "cpu"})
+    record = Calibration.load(run / name / f"{config.calibrate.prompts}.safetensors")
+    rows = read_prompts(run / f"prompts/{config.evaluate.prompts[0]}.parquet")[:128]
+    held_out = calibrate(pipe, [*rows["prompt"]], [*rows["seed"]], call, BATCH)
+    return Run(pipe, record, Grams.load(run / name / "grams"), held_out)
+
+
 def copy_of(pipe: DiffusionPipeline) -> DiffusionPipeline:
     """The pipeline with a denoiser of its own."""
     denoiser = denoiser_of(pipe)
@@ -130,15 +154,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="results/<run>")
     parser.add_argument("model")
     asked = parser.parse_args()
-    config = load_config(asked.run / "config.yaml")
-    model = config.models[asked.model]
-    call = model.call.model_dump(exclude_none=True)
-    pipe = load_pipeline(model.source, **model.load.model_dump() | {"device": "cpu"})
-    folder = asked.run / asked.model
-    record = Calibration.load(folder / f"{config.calibrate.prompts}.safetensors")
-    grams = Grams.load(folder / "grams.safetensors")
-    rows = read_prompts(asked.run / f"prompts/{config.evaluate.prompts[0]}.parquet")[:128]
-    held_out = calibrate(pipe, [*rows["prompt"]], [*rows["seed"]], call, BATCH)
+    pipe, record, grams, held_out = opened(asked.run, asked.model)
     ways = {
         (f"by {units}, {name}", count, 3 * count): (averaged, count, units, weigh)
         for units in ("channels", "rank")
@@ -154,7 +170,7 @@ def main() -> None:
         print(f"{name}, {passes} passes ...", file=sys.stderr, flush=True)
         mask = score(pipe, record, *arguments)
         table.append([name, passes, forward, *judged(pipe, mask, grams, held_out)])
-    print(f"{asked.model}, {len(rows)} captions, least squares; {date.today()}\n")
+    print(f"{asked.model}, {len(held_out.prompts)} captions, least squares; {date.today()}\n")
     shares = [f"{share:.0%}" for share in SPARSITIES]
     print(markdown(pd.DataFrame(table, columns=["scores", "passes", "F", *shares])))
 
